@@ -1,0 +1,81 @@
+"""Parity sheets: what an official implementation computes at tiny size, and a reader that says how far a model is from it.
+
+A sheet (`tests/parity/<slug>__<case>.json`) names an official module and its configuration, lists its state dict (name -> shape) and holds samples
+of its outputs. Weights and inputs are not stored: they follow from their names by a hash in integer arithmetic, the same on every machine."""
+import json, zlib
+from math import prod, sqrt
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FOLDER = Path(__file__).parent/'parity'
+TOLERANCE = 1e-4                                 # of the output's rms, float32 on the CPU
+
+
+def noise(name, count):
+    "`count` numbers in [-1, 1), float64: the low-bias 32-bit hash of (index + crc32(name) * golden ratio)."
+    start = zlib.crc32(name.encode()) * 0x9E3779B9 % 2**32
+    h = np.arange(count, dtype=np.uint32) + np.uint32(start)          # 32-bit arithmetic wraps around, as the rule wants
+    h ^= h >> np.uint32(16); h *= np.uint32(0x7FEB352D)
+    h ^= h >> np.uint32(15); h *= np.uint32(0x846CA68B)
+    h ^= h >> np.uint32(16)
+    return h.astype(np.float64) / 2**31 - 1
+
+
+def tensor(values, shape): return torch.from_numpy(values.astype(np.float32)).reshape(shape)
+
+
+def weight(name, shape):
+    "The state-dict entry `name`: variances around 1, means and vectors called bias around 0, other vectors around 1, matrices scaled by their fan-in."
+    u, last = noise(name, prod(shape)), name.split('.')[-1]
+    if name.endswith('running_var'): return tensor(1 + u / 2, shape)
+    if name.endswith('running_mean'): return tensor(u / 10, shape)
+    if len(shape) < 2: return tensor(u / 10 if 'bias' in last else 1 + u / 10, shape)
+    return tensor(u * sqrt(3 / (prod(shape) / shape[0])), shape)
+
+
+def given(name, spec):
+    "The input `name`: written out, or integers in [low, high), or noise * scale + shift."
+    if 'value' in spec: return torch.tensor(spec['value'], dtype=getattr(torch, spec.get('dtype', 'float32')))
+    u = noise(f'input:{name}', prod(spec['shape']))
+    if 'integers' not in spec: return tensor(u * spec.get('scale', 1.) + spec.get('shift', 0.), spec['shape'])
+    low, high = spec['integers']
+    return torch.from_numpy(np.floor((u + 1) / 2 * (high - low) + low).astype(np.int64)).reshape(spec['shape'])
+
+
+class Sheet:
+    "One sheet: `config`, `weights()`, `inputs()`, and `check(outputs)`."
+
+    def __init__(self, path):
+        self.name, self.data = Path(path).stem, json.loads(Path(path).read_text(encoding='utf-8'))
+        self.config, self.constructed = self.data['config'], set(self.data.get('constructed', ()))
+        if self.data['fill'] != 'hash32': raise ValueError(f"{self.name}: unknown rule {self.data['fill']!r}, this reader knows hash32")
+
+    def weights(self): return {name: weight(name, shape) for name, shape in self.data['state'].items() if name not in self.constructed}
+    def inputs(self): return {name: given(name, spec) for name, spec in self.data['inputs'].items()}
+
+    def errors(self, outputs):
+        "Output name -> worst error over the samples, relative to the official rms; inf for a missing output or a wrong shape."
+        found = {}
+        for name, want in self.data['outputs'].items():
+            if name not in outputs or list(outputs[name].shape) != want['shape']: found[name] = float('inf'); continue
+            got = outputs[name].detach().double().flatten()
+            samples = got[want['index']] - torch.tensor(want['value'], dtype=torch.float64)
+            rms = got.square().mean().sqrt() - want['rms']              # these two see every entry, the samples only some
+            mean = got.mean() - want['mean']
+            found[name] = torch.stack([samples.abs().max(), rms.abs(), mean.abs()]).nan_to_num(nan=float('inf')).max().item() / want['rms']
+        return found
+
+    def check(self, outputs, tolerance=TOLERANCE):
+        "The worst error; an AssertionError that lists every output when it is above the tolerance."
+        found = self.errors(outputs)
+        worst = max(found.values())
+        if not worst <= tolerance:
+            lines = (f"  {name}: {error:.1e} of the rms, shape {list(outputs[name].shape) if name in outputs else 'missing'}, "
+                     f"official {self.data['outputs'][name]['shape']}" for name, error in found.items())
+            raise AssertionError(f'{self.name} is off by {worst:.1e} of the rms (allowed {tolerance:.0e}):\n' + '\n'.join(lines))
+        return worst
+
+
+def sheets(): return [Sheet(path) for path in sorted(FOLDER.glob('*.json'))]

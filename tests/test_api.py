@@ -1,0 +1,273 @@
+"""The contract of every registered model: timm's names, shapes, other sizes, training and evaluation, saving, low precision, compilation, gradients, bad input.
+
+A model is built small, from the `example` it registers, and fed pictures of its `input_shape`. One that takes no pictures registers `input_shape=()` and has a line in INPUTS."""
+import inspect, warnings
+
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import Tensor, nn
+from torch.testing import assert_close
+
+from vitbook.registry import create_model, list_models, model_arguments, model_info
+from vitbook.registry import _entries as entries                       # the builders themselves, to look at their signatures
+
+INPUTS = {}                                                             # name -> function() -> tuple of inputs, for models that take no pictures
+NAMES = list_models()
+INFO = {name: entries[name] for name in NAMES}
+IMAGE = [name for name in NAMES if INFO[name].input_shape]
+every, image = pytest.mark.parametrize('name', NAMES), pytest.mark.parametrize('name', IMAGE)
+
+
+def build(name, **more):
+    torch.manual_seed(0)
+    model = create_model(name, **{**INFO[name].example, **more})
+    with torch.no_grad():                                               # zero gates and class tokens would hide mistakes
+        for p in model.parameters(): p.add_(torch.randn_like(p) * .02)
+    return model
+
+
+def inputs(name, batch=2):
+    if name in INPUTS: return INPUTS[name]()
+    assert INFO[name].input_shape, f'{name} takes no pictures: say in INPUTS what it takes'
+    return torch.rand(batch, *INFO[name].input_shape, generator=torch.Generator().manual_seed(0)),
+
+
+def tensors(value):
+    "All floating tensors of an output: a tensor, or a tuple, list or dict of outputs."
+    if isinstance(value, Tensor): return [value] if value.is_floating_point() else []
+    if isinstance(value, dict): value = value.values()
+    return [t for part in value for t in tensors(part)] if not isinstance(value, (str, int, float, bool, type(None))) else []
+
+
+def same(a, b, **tolerance):
+    assert len(tensors(a)) == len(tensors(b)) > 0
+    for x, y in zip(tensors(a), tensors(b)): assert_close(x, y, **tolerance)
+
+
+def loss(value): return sum(t.float().square().mean() + t.float().mean() for t in tensors(value))
+
+
+# ---- names and facts
+
+def test_there_are_models(): assert NAMES and NAMES == sorted(set(NAMES)) and IMAGE
+
+
+@every
+def test_facts(name):
+    info = model_info(name)
+    assert set(info) >= {'name', 'paper', 'part', 'parameters'} and info['name'] == name and info['parameters'] > 0
+    assert info['parameters'] == sum(p.numel() for p in entries[name].build().parameters()) if info['parameters'] < 2e7 else True
+    assert name in list_models(part=info['part']) and name in list_models(f'{name[:3]}*')
+
+
+TIMM = {'img_size', 'patch_size', 'in_chans', 'num_classes', 'embed_dim', 'depth', 'depths', 'num_heads', 'mlp_ratio', 'mlp_ratios', 'qkv_bias', 'drop_path_rate', 'drop_rate'}
+OTHER = {'image_size', 'input_size', 'in_channels', 'in_channel', 'in_ch', 'n_classes', 'num_class', 'classes', 'dim', 'hidden_dim', 'hidden_size', 'width', 'num_layers', 'layers',
+         'n_layers', 'heads', 'n_heads', 'nhead', 'num_attention_heads', 'mlp_dim', 'mlp_factor', 'expansion', 'bias_qkv', 'drop_path', 'dropout', 'p_drop', 'patch', 'drop_path_prob'}
+
+
+@image
+def test_constructor_names_are_timms(name):
+    known = set(model_arguments(entries[name].build))
+    assert known & TIMM >= {'in_chans'}, f'{name} takes {sorted(known)}'
+    assert not known & OTHER, f"{name} calls {sorted(known & OTHER)} what timm calls otherwise ({', '.join(sorted(TIMM))})"
+    assert set(INFO[name].example) <= known
+
+
+@every
+def test_no_argument_is_swallowed(name):
+    wrong = {**INFO[name].example, 'num_haeds': 3}
+    with pytest.raises(ValueError, match='num_haeds'): create_model(name, **wrong)
+    with pytest.raises(TypeError): entries[name].build(**wrong)
+    kinds = {p.kind for p in inspect.signature(type(build(name)).__init__).parameters.values()}
+    assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}, 'the class itself must name its arguments'
+
+
+@every
+def test_public_methods_say_their_shapes(name):
+    for part in {type(module) for module in build(name).modules() if type(module).__module__.startswith('vitbook.')}:
+        if 'forward' not in vars(part): continue
+        signature = inspect.signature(part.forward)
+        bare = [p.name for p in list(signature.parameters.values())[1:] if p.annotation is p.empty]
+        assert not bare and signature.return_annotation is not signature.empty, f'{part.__module__}.{part.__name__}.forward: no annotation of {bare or "the output"}'
+        assert (inspect.getdoc(part) or '').strip(), f'{part.__module__}.{part.__name__} has no docstring'
+
+
+# ---- what it computes
+
+@image
+def test_classifier_shapes(name):
+    model, (x,) = build(name).eval(), inputs(name)
+    if 'num_classes' not in model_arguments(entries[name].build): return
+    with torch.no_grad():
+        out = model(x)
+        assert out.shape == (2, model.num_classes)
+        features = model.forward_features(x)
+        same(model.forward_head(features), out)
+        pooled = model.forward_head(features, pre_logits=True)
+        assert pooled.shape == (2, model.num_features)
+        model.reset_classifier(7)
+        assert model.num_classes == 7 and model(x).shape == (2, 7)
+        model.reset_classifier(0)
+        assert_close(model(x), pooled)
+        assert build(name, num_classes=0).eval()(x).shape == pooled.shape
+
+
+@image
+@pytest.mark.parametrize('chans', [1, 4])
+def test_channels(name, chans):
+    size = INFO[name].input_shape[1:]
+    with torch.no_grad(): assert all(t.isfinite().all() for t in tensors(build(name, in_chans=chans).eval()(torch.rand(2, chans, *size))))
+
+
+@image
+@pytest.mark.parametrize('size', [(40, 24), (32, 48), (33, 31), (35, 64), (7, 7)])
+def test_other_sizes_work_or_are_refused_by_name(name, size, unchecked):
+    "Built for the size, and given it afterwards: outputs of the right shape, or a ValueError that names the argument; never another error, never nan."
+    known = model_arguments(entries[name].build)
+    calls = [lambda: build(name).eval()(torch.rand(1, INFO[name].input_shape[0], *size))]
+    if 'img_size' in known: calls.append(lambda: build(name, img_size=size).eval()(torch.rand(1, INFO[name].input_shape[0], *size)))
+    for call in calls:
+        try:
+            with torch.no_grad(): out = call()
+        except ValueError as error: assert any(word in str(error) for word in ('img_size', 'patch_size', 'x must', 'window')) and any(str(n) in str(error) for n in size), error
+        else: assert all(t.isfinite().all() for t in tensors(out))
+
+
+@every
+def test_evaluation_repeats_and_batches_do_not_mix(name):
+    model, given = build(name).eval(), inputs(name)
+    with torch.no_grad():
+        out = model(*given)
+        same(model(*given), out, atol=0, rtol=0)
+        if name in IMAGE: same(model(given[0][:1]), [t[:1] for t in tensors(out)], atol=1e-5, rtol=1e-4)
+
+
+@every
+def test_training(name):
+    "A step in training mode lowers the loss of the same batch, and the gradient reaches every parameter."
+    model, given = build(name).train(), inputs(name)
+    before = loss(model(*given))
+    before.backward()
+    without = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all() or p.grad.abs().sum() == 0)]
+    assert not without, f'no gradient reaches {without}'
+    with torch.no_grad():
+        for p in model.parameters(): p -= 1e-4 * p.grad / (p.grad.norm() + 1e-12)
+    assert loss(model(*given)) < before
+
+
+@image
+def test_dropout_and_stochastic_depth_act_in_training_only(name):
+    known = model_arguments(entries[name].build)
+    for rate in [r for r in ('drop_rate', 'drop_path_rate', 'attn_drop_rate', 'proj_drop_rate', 'pos_drop_rate') if r in known]:
+        model, (x,) = build(name, **{rate: .5}), inputs(name, 8)
+        with torch.no_grad():
+            assert any((a != b).any() for a, b in zip(tensors(model.train()(x)), tensors(model(x)))), f'{rate} does nothing in training'
+            same(model.eval()(x), model(x), atol=0, rtol=0)
+
+
+@every
+def test_state_dict_goes_through_safetensors(name):
+    model, given = build(name).eval(), inputs(name)
+    other = create_model(name, **INFO[name].example).eval()
+    other.load_state_dict(load(save({key: value.contiguous() for key, value in model.state_dict().items()})))
+    with torch.no_grad(): same(other(*given), model(*given), atol=0, rtol=0)
+
+
+@every
+def test_bfloat16_autocast(name):
+    model, given = build(name).train(), inputs(name)
+    exact = loss(model.eval()(*given))
+    with torch.autocast('cpu', dtype=torch.bfloat16): out = model(*given)
+    low = loss(out)
+    low.backward()
+    assert low.isfinite() and abs(low - exact) <= .1 * abs(exact) + .05
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def distinct():
+    "One name for each class and arguments: the sizes of one model have the same small example, and compiling it once is enough."
+    found = {}
+    for name in NAMES:
+        build = entries[name].build
+        found.setdefault((build.__module__, build.__annotations__.get('return'), repr(sorted((model_arguments(build) | INFO[name].example).items()))), name)
+    return list(found.values())
+
+
+@pytest.mark.parametrize('name', distinct())
+def test_compiles_or_says_why_not(name, unchecked):
+    "The graph is caught whole, and its gradients too; the code made from it is inductor's business, tried for one model below."
+    if INFO[name].compiles is not True:
+        assert isinstance(INFO[name].compiles, str) and len(INFO[name].compiles) > 10, f'{name}: `compiles` must be True or the reason why it does not compile'
+        pytest.skip(f'{name}: {INFO[name].compiles}')
+    torch._dynamo.reset()
+    model, given = build(name).eval(), inputs(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        out = torch.compile(model, backend='aot_eager', fullgraph=True)(*given)
+    same(out, model(*given), atol=1e-5, rtol=1e-4)
+    loss(out).backward()
+    torch._dynamo.reset()
+
+
+@image
+def test_meta_device(name):
+    "Nothing in the constructor may need real numbers: sizes can be counted without memory."
+    with torch.device('meta'): model = entries[name].build()
+    assert all(p.is_meta for p in model.parameters())
+
+
+@every
+def test_copies_are_independent_modules(name):
+    import copy
+    model = build(name)
+    twin = copy.deepcopy(model)
+    with torch.no_grad(): next(twin.parameters()).add_(1)
+    assert not torch.equal(next(model.parameters()), next(twin.parameters()))
+    assert all(isinstance(value, (Tensor, nn.Parameter)) for value in model.state_dict().values())
+
+
+# ---- bad input
+
+@image
+def test_wrong_channels_are_named(name, unchecked):
+    c, *size = INFO[name].input_shape
+    with pytest.raises(ValueError, match=rf'in_chans.*{c + 1}'): build(name).eval()(torch.rand(1, c + 1, *size))
+
+
+@image
+def test_sizes_that_are_no_multiple_of_the_patch(name, unchecked):
+    known, example = model_arguments(entries[name].build), INFO[name].example
+    if not {'img_size', 'patch_size'} <= set(known): pytest.skip(f'{name} has no patch_size')
+    patch = example.get('patch_size', known['patch_size'])
+    with pytest.raises(ValueError, match='img_size|patch_size'): build(name, img_size=4 * patch + 1)
+
+
+@image
+def test_heads_that_do_not_divide_the_width(name, unchecked):
+    known, example = model_arguments(entries[name].build), INFO[name].example
+    if not isinstance(example.get('num_heads', known.get('num_heads')), int) or not isinstance(example.get('embed_dim', known.get('embed_dim')), int): pytest.skip('no num_heads')
+    with pytest.raises(ValueError, match='num_heads'): build(name, num_heads=example.get('embed_dim', known['embed_dim']) - 1)
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(ValueError, match='vit_tiny_patch16_224'): create_model('vit_tiny_pach16_224')
+    with pytest.raises(ValueError, match='vit_base'): model_info('vitbase_patch16')
+    with pytest.raises(ValueError, match='num_heads'): create_model(IMAGE[0], num_haeds=3)
+    assert list_models('no_such_*') == [] and list_models(part='no such part') == []
+
+
+def test_one_model_through_inductor():
+    "The whole way once, in a process of its own without the shape checks."
+    import sys
+    from tools import ROOT, run
+    program = '''
+import torch
+from vitbook.registry import create_model, model_info
+torch.manual_seed(0)
+info = model_info('vit_tiny_patch16_224')
+model, x = create_model('vit_tiny_patch16_224', **info['example']).eval(), torch.rand(2, *info['input_shape'])
+with torch.no_grad(): torch.testing.assert_close(torch.compile(model)(x), model(x), atol=1e-5, rtol=1e-4)
+print('agrees')
+'''
+    assert 'agrees' in run(sys.executable, '-c', program, PYTHONPATH=str(ROOT)).stdout

@@ -1,0 +1,129 @@
+"""The chapter contract: what every notebook of parts 01 to 09 must have, and the lighter one of the foundations."""
+import json, re
+
+import pytest
+
+from tools import CHAPTERS, ROOT, chapters, foundations, plain
+
+BOOK, GROUND = chapters(), foundations()
+each_chapter = pytest.mark.parametrize('notebook', BOOK, ids=lambda notebook: notebook.name)
+each_foundation = pytest.mark.parametrize('notebook', GROUND, ids=lambda notebook: notebook.name)
+each = pytest.mark.parametrize('notebook', BOOK + GROUND, ids=lambda notebook: notebook.name)
+AFTER_MECHANISMS = ['The model', 'Experiment', 'Play', 'Fast path', 'Use it in your own model', 'Exercises', 'What differs from the paper']
+
+
+def in_order(wanted, found):
+    "Is `wanted` a subsequence of `found`?"
+    rest = iter(found)
+    return all(any(heading == other for other in rest) for heading in wanted)
+
+
+# ---- chapters
+
+@each_chapter
+def test_headings(notebook):
+    found = notebook.headings()
+    assert found[0] == 'The problem', 'the first section is "The problem"'
+    assert in_order(['The problem', *AFTER_MECHANISMS], found), f'{AFTER_MECHANISMS} in this order, got {found}'
+    mechanisms = found[1:found.index('The model')]
+    assert mechanisms, 'no section for a mechanism between "The problem" and "The model"'
+    assert set(found[found.index('The model'):]) <= {*AFTER_MECHANISMS, 'References'}, f'other sections: {found}'
+    assert 'References' in found + notebook.headings(3) or 'arxiv.org' in notebook.prose.split('## What differs from the paper')[1], 'references'
+    assert not [heading for heading in found if re.match(r'[\d.]+\s', heading)], 'headings carry no numbers'
+
+
+@each_chapter
+def test_facts_table(notebook):
+    table = notebook.table()
+    assert {'paper', 'official code', 'module', 'run time'} <= set(table), f'rows of the facts table: {list(table)}'
+    assert re.search(r'arxiv\.org/abs/\d{4}\.\d{4,5}', table['paper']), 'the paper with its arXiv link'
+    assert f'vitbook.{notebook.module}' in table['module']
+
+
+@each_chapter
+def test_module_mirrors_the_path(notebook):
+    part = re.sub(r'^\d+_', '', notebook.part)
+    assert part in CHAPTERS and notebook.module == f'{part}.{notebook.slug}', f'{notebook.name} exports {notebook.module}'
+    assert (ROOT/'vitbook'/part/f'{notebook.slug}.py').is_file()
+
+
+@each_chapter
+def test_mechanisms_show_their_source(notebook):
+    assert any('exports' in cell['directives'] for cell in notebook.code), 'no `#| exports` cell: the source of a mechanism is the point'
+    assert re.search(r'^\s*def naive_', notebook.program, re.M), 'no naive_… form of an equation'
+    tests = [cell for cell in notebook.code if not {'export', 'exports'} & set(cell['directives']) and re.search(r'\bassert\b|assert_close|gradcheck|with raises', cell['source'])]
+    assert len(tests) >= 3, 'test cells beside the mechanisms'
+
+
+@each_chapter
+def test_experiment_is_recorded(notebook):
+    assert re.search(r'(?<!def )\brecord\(', notebook.program), 'no record(…): the figures go to the scoreboard'
+    committed = ROOT/'data'/'scoreboard'
+    found = [line for path in committed.glob('*.json') for line in (lambda data: data if isinstance(data, list) else data.get('records', [data]))(json.loads(path.read_text(encoding='utf-8')))]
+    assert any(line['chapter'] == notebook.slug for line in found), f'nothing of {notebook.slug} in data/scoreboard: `vitbook run {notebook.slug} --inplace` writes it'
+
+
+@each_chapter
+def test_it_can_be_played_with(notebook):
+    assert re.search(r'\bsee\.slider\(|\binteract(ive)?\(', notebook.program) and re.search(r'\bsee\.player\(|to_jshtml', notebook.program), 'a control, and a player that needs no kernel'
+    assert any('<iframe' in ''.join(output.get('data', {}).get('text/html', '')) for cell in notebook.code for output in cell['outputs']), 'the saved player'
+
+
+# ---- foundations
+
+@each_foundation
+def test_foundation_sections(notebook):
+    found = notebook.headings()
+    assert len(found) >= 4 and in_order(['Exercises', 'References'], found), f'got {found}'
+    assert set(found[found.index('Exercises'):]) <= {'Exercises', 'References'}, 'Exercises and References come last'
+    table = notebook.table()
+    assert {'module', 'run time'} <= set(table) and f"vitbook.{notebook.module.removesuffix('.__init__')}" in table['module'], f'rows of the table: {table}'
+
+
+# ---- both
+
+@each
+def test_opening(notebook):
+    first = notebook.markdown[0]['source']
+    assert re.match(r'# [^\n]+\n\s*\n> [^\n]+', first), '`# Title`, then a one-line `> blurb`, in the first markdown cell'
+    head = plain(notebook.prose.split('\n## ')[0])
+    assert len(re.findall(r'^[*-] ', head, re.M)) == 3, 'three bullets before the first section'
+    assert notebook.cells[0]['cell_type'] == 'markdown' and notebook.module, 'title first, then `#| default_exp`'
+
+
+@each
+def test_exercises(notebook):
+    part = notebook.prose.split('\n## Exercises')[1].split('\n## ')[0]
+    assert len(re.findall(r'<details', part)) == 3, 'three exercises, each with a folded solution'
+    for solution in re.findall(r'<details[^>]*>(.*?)</details>', part, re.S):
+        assert re.match(r'\s*<summary>[^<]+</summary>', solution) and len(re.sub(r'<summary>.*?</summary>', '', solution, flags=re.S).split()) >= 10, f'a summary and a solution: {solution[:200]}'
+
+
+@each
+def test_run_time_is_recorded(notebook):
+    shown, meta = notebook.table().get('run time', ''), notebook.meta.get('vitbook', {})
+    assert re.search(r'\d', shown), f'the header table says {shown!r}: `vitbook run {notebook.slug} --inplace` fills it in'
+    assert 0 < meta.get('seconds', 0) <= 90, f'metadata vitbook.seconds is {meta.get("seconds")}'
+
+
+@each
+def test_outputs_are_good(notebook):
+    assert any(cell['outputs'] for cell in notebook.code), 'a notebook without outputs gives a page without pictures'
+    assert any(kind.startswith('image/') for cell in notebook.code for output in cell['outputs'] for kind in output.get('data', {})) or notebook in GROUND, 'no figure'
+    for cell in notebook.code:
+        assert not [output for output in cell['outputs'] if output['output_type'] == 'error'], f'a saved error in\n{cell["source"][:300]}'
+        size = len(json.dumps(cell['outputs']))
+        assert size <= 1.5e6, f'{size / 1e6:.1f} MB of output in\n{cell["source"][:300]}'
+        kept = [output for output in cell['outputs'] if output['output_type'] == 'stream' and output.get('name') == 'stderr']
+        assert not kept, f'saved warnings or progress in\n{cell["source"][:300]}\n{"".join(kept[0]["text"])[:500] if kept else ""}'
+
+
+@each
+def test_text_is_finished(notebook):
+    for word in ('TODO', 'FIXME', 'XXX', 'lorem', 'in this section we will', 'In this section we will'): assert word not in notebook.prose + notebook.program, word
+    for cell in notebook.code:                                          # plumbing (`#| export`) may be long, what a reader is to read may not
+        if 'export' not in cell['directives']: assert len(cell['source'].splitlines()) <= 120, f'one idea a cell: {len(cell["source"].splitlines())} lines\n{cell["source"][:200]}'
+
+
+def test_the_order_check_sees_faults():
+    assert in_order(['a', 'c'], ['a', 'b', 'c']) and not in_order(['c', 'a'], ['a', 'b', 'c']) and not in_order(['a', 'd'], ['a', 'b', 'c'])

@@ -1,0 +1,113 @@
+"""Every notebook runs from a fresh kernel, two at a time, with the network closed, in at most 90 s; the scoreboard's committed figures come out again."""
+import html, json, math, re, shutil, sys
+
+import pytest
+
+from tools import ROOT, notebooks, run
+
+pytestmark = pytest.mark.book
+SECONDS = 90
+RUN = [sys.executable, '-c', 'import sys; from vitbook.cli import main; sys.exit(main())', 'run']
+
+
+@pytest.fixture(scope='module')
+def book(tmp_path_factory):
+    "One run of the whole book into an empty folder; what it printed and where it wrote."
+    out = tmp_path_factory.mktemp('book')
+    done = run(*RUN, 'all', '--jobs', '2', '--fresh', '--root', ROOT, '--out', out, timeout=1500, check=False)
+    print(done.stdout, done.stderr)
+    return out, done
+
+
+def state(out, notebook): return json.loads((out/'.state'/notebook.part/f'{notebook.slug}.json').read_text(encoding='utf-8'))
+
+
+@pytest.mark.parametrize('notebook', notebooks(), ids=lambda notebook: notebook.name)
+def test_notebook_runs(book, notebook):
+    out, done = book
+    assert (out/'.state'/notebook.part/f'{notebook.slug}.json').is_file(), f'{notebook.name} was not run:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}'
+    last = state(out, notebook)
+    assert last['status'] == 'ran', f"{notebook.name} {last['status']}: {last['error']}\n{text_of_page(out/last['page'])}"
+    took = last.get('cpu_seconds') or last['seconds']      # seconds of the core; what a notebook waited for its neighbours is not its own
+    assert took <= SECONDS, f"{notebook.name} took {took} s of one core, {SECONDS} are allowed"
+
+
+def text_of_page(path):
+    "The end of an error page, without its tags."
+    return html.unescape(re.sub(r'<[^>]+>', '', path.read_text(encoding='utf-8')))[-3000:] if path.is_file() else ''
+
+
+def test_exit_status_and_pages(book):
+    out, done = book
+    assert done.returncode == 0, f'{done.stdout[-3000:]}\n{done.stderr[-3000:]}'
+    index = (out/'index.html').read_text(encoding='utf-8')
+    for notebook in notebooks(): assert f"href=\"{state(out, notebook)['page']}\"" in index and (out/state(out, notebook)['page']).is_file()
+    assert not list(out.rglob('*.tmp')), 'half a page was left'
+
+
+def test_pages_load_nothing_from_another_host(book):
+    from test_site import loaded
+    out, _ = book
+    for page in out.rglob('*.html'): assert not loaded(page.read_text(encoding='utf-8')), page.relative_to(out)
+
+
+def test_the_network_is_closed_and_a_failure_is_seen(tmp_path):
+    "In a book of three: a connection raises inside the kernel, a chapter that raises fails the run, and the one beside it still runs."
+    shutil.copy(ROOT/'settings.ini', tmp_path)
+    part = tmp_path/'nbs'/'00_foundations'
+    part.mkdir(parents=True)
+    for i, (name, code) in enumerate(dict(net='import socket\nsocket.create_connection(("192.0.2.1", 80), timeout=5)', good='print(6 * 7)', bad='raise RuntimeError("on purpose")').items()):
+        cells = [dict(cell_type='markdown', id='a', metadata={}, source=f'# {name}\n\n> {name}'),
+                 dict(cell_type='code', id='b', metadata={}, source=code, outputs=[], execution_count=None)]
+        (part/f'{i:02}_{name}.ipynb').write_text(json.dumps(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5)))
+    done = run(*RUN, 'all', '--root', tmp_path, '--out', tmp_path/'out', check=False, PYTHONPATH=f'{ROOT/"tests"/"offline"}:{ROOT}')
+    states = {path.stem: json.loads(path.read_text()) for path in (tmp_path/'out'/'.state'/'00_foundations').glob('*.json')}
+    assert done.returncode == 1 and {name: last['status'] for name, last in states.items()} == dict(net='failed', good='ran', bad='failed')
+    assert 'the network is closed' in states['net']['error'] and 'on purpose' in states['bad']['error']
+
+
+# ---- the scoreboard
+
+def records(folder):
+    "(chapter, claim) -> record of every file of a scoreboard folder."
+    found = {}
+    for path in sorted(folder.glob('*.json')):
+        data = json.loads(path.read_text(encoding='utf-8'))
+        for line in data if isinstance(data, list) else data.get('records', [data]):
+            key = line['chapter'], line['claim']
+            assert key not in found, f'{key} is recorded twice'
+            found[key] = line
+    return found
+
+
+def apart(ours, again, rtol, atol):
+    "Do two figures differ by more than the tolerance their record states? With none stated they must be the same to 1e-9."
+    if rtol is None and atol is None: rtol = 1e-9
+    return not abs(ours - again) <= (atol or 0) + (rtol or 0) * abs(ours)
+
+
+def differences(committed, fresh):
+    "Sentences about what does not agree, both ways."
+    for key in sorted(committed.keys() - fresh.keys()): yield f'{key}: committed, but the fresh run does not record it'
+    for key in sorted(fresh.keys() - committed.keys()): yield f'{key}: recorded by the fresh run, but not committed (vitbook run --inplace writes data/scoreboard)'
+    for key in sorted(committed.keys() & fresh.keys()):
+        old, new = committed[key], fresh[key]
+        if apart(old['ours'], new['ours'], old.get('rtol'), old.get('atol')): yield f"{key}: committed {old['ours']}, the fresh run gives {new['ours']} (rtol {old.get('rtol')}, atol {old.get('atol')})"
+        for name in ('paper', 'unit', 'holds', 'rtol', 'atol'):             # not the note: it may hold a time
+            if old.get(name) != new.get(name): yield f'{key}: {name} is {old.get(name)!r} as committed and {new.get(name)!r} in the fresh run'
+
+
+def test_the_scoreboard_comes_out_again(book):
+    committed, fresh = records(ROOT/'data'/'scoreboard'), records(book[0]/'records')
+    assert not list(differences(committed, fresh))
+    slugs = {notebook.slug for notebook in notebooks()}
+    assert {chapter for chapter, _ in committed} <= slugs, 'records of chapters that are not there'
+
+
+def test_differences_are_seen():
+    line = dict(chapter='a', claim='b', ours=2., paper='', unit='', holds=True, rtol=.1, atol=None)
+    same = {('a', 'b'): line}
+    assert not list(differences(same, {('a', 'b'): line | dict(ours=2.19)}))
+    for wrong in ({}, same | {('a', 'c'): line}, {('a', 'b'): line | dict(ours=2.3)}, {('a', 'b'): line | dict(holds=False)}, {('a', 'b'): line | dict(ours=math.nan)}):
+        assert list(differences(same, wrong)), wrong
+    assert apart(1., 1 + 1e-6, None, None)
