@@ -42,7 +42,7 @@ def test_project():
     assert {notebook.path for notebook in BOOK} <= listed
     steps = project.get('post-render', [])
     assert 'nbs/_site/offline.py' in (steps if isinstance(steps, list) else [steps])
-    assert quarto()['ipynb-filters'] == ['nbdev_filter'] and settings()['skip_procs'] == 'FrontmatterProc'
+    assert quarto()['ipynb-filters'] == ['nbdev_filter'] and 'FrontmatterProc' in settings()['skip_procs'].split(',')
     assert quarto()['execute']['enabled'] is False, 'pages come from saved outputs'
 
 
@@ -230,6 +230,26 @@ def test_the_checks_see_faults(tmp_path):
 
 
 # ---- style and post-render step
+
+FILTER = '''
+import json, sys
+from nbdev.cli import nbdev_filter
+for path in sys.argv[1:]:
+    cells = [c for c in json.loads(nbdev_filter(fname=path, printit=False))['cells'] if c['cell_type'] == 'code' and 'show_doc(' in ''.join(c['source'])]
+    print(path, len(cells), sum(bool(c['outputs']) for c in cells), sep='|')
+'''
+
+
+def test_the_filter_takes_every_notebook():
+    "What Quarto does first with each notebook: nbdev_filter, which documents every exported name from its module."
+    lines = run('python', '-c', FILTER, *(notebook.path for notebook in BOOK), cwd=ROOT, timeout=300).stdout.splitlines()
+    found = {line.split('|')[0]: tuple(map(int, line.split('|')[1:])) for line in lines if line.count('|') == 2}
+    assert set(found) == {str(notebook.path) for notebook in BOOK}
+    for notebook in BOOK:
+        names, documented = found[str(notebook.path)]
+        assert names == documented, f'{notebook.name}: {names - documented} of {names} exported names have no documentation'
+        if notebook.part: assert names, f'{notebook.name} exports nothing that is documented'
+
 
 def step(name='offline'):
     spec = importlib.util.spec_from_file_location(name, NBS/'_site'/f'{name}.py')

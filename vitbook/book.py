@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BookError', 'find_root', 'Chapter', 'find_chapters', 'choose', 'write_whole', 'directives', 'library_inputs',
-           'chapter_inputs', 'loads_elsewhere', 'need_book', 'to_mathml', 'make_page', 'Result', 'error_page',
-           'canonical', 'check_device', 'Run', 'run_book']
+           'chapter_inputs', 'loads_elsewhere', 'need_book', 'to_mathml', 'make_page', 'ShowDocs', 'Result',
+           'error_page', 'canonical', 'check_device', 'Run', 'run_book']
 
 # %% ../nbs/00_foundations/14_running_the_book.ipynb #decf682c
 import asyncio, contextlib, hashlib, html, importlib.util, json, os, queue, re, shutil, signal, sys, tempfile, threading, time
@@ -402,6 +402,25 @@ def make_page(nb, chapter: Chapter) -> str:
 def _plain_page(title, body, up=''):
     return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
             f'<title>{html.escape(title)}</title><style>{_CSS}pre {{ background: var(--soft); padding: 1em; overflow-x: auto }}</style></head>\n<body>{body}</body></html>\n')
+
+# %% ../nbs/00_foundations/14_running_the_book.ipynb #2f41bfba
+class ShowDocs:
+    "nbdev's step `exec_show_docs`, done from the exported module. Named by `procs` in settings.ini."
+    def __init__(self, nb):
+        found = (re.match(r'#\|\s*default_exp\s+(\S+)', '\n'.join([f'#| {k} {" ".join(v)}' for k, v in c.directives_.items()]), re.M) for c in nb.cells)
+        self.module = next((m[1].removesuffix('.__init__') for m in found if m), None)
+
+    def begin(self):
+        if self.module is None: return
+        from execnb.shell import CaptureShell
+        name = 'vitbook' if self.module == '__init__' else f'vitbook.{self.module}'
+        self.shell = CaptureShell()
+        self.shell.run_cell(f'from nbdev.showdoc import show_doc\nimport importlib\nglobals().update(vars(importlib.import_module({name!r})))')
+
+    def __call__(self, cell):
+        if self.module is None or cell.cell_type != 'code' or not re.search(r'^show_doc\(', cell.source, re.M): return
+        self.shell.cell(cell)
+        if self.shell.exc: raise RuntimeError(f'{cell.source} in the notebook of vitbook.{self.module}: {self.shell.exc}')
 
 # %% ../nbs/00_foundations/14_running_the_book.ipynb #45f494a7
 _LAUNCH = '''
