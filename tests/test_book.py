@@ -99,7 +99,7 @@ def test_library_inputs(root):
 
 
 def test_unchanged_is_skipped(root):
-    path = notebook(root/'nbs'/'p'/'01_a.ipynb', 'open("count", "a").write("x")')
+    notebook(root/'nbs'/'p'/'01_a.ipynb', 'open("count", "a").write("x")')
     def count(): return len((root/'count').read_text())
     r = go(root)['a']
     assert r.status == 'ran' and 0 < r.seconds < 60 and 10 < r.peak_mb < 1000

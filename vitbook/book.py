@@ -381,7 +381,6 @@ def _for_page(nb):
 
 def make_page(nb, chapter: Chapter) -> str:
     "The chapter's page as HTML; BookError when it would load something from another host."
-    from nbconvert.filters.markdown_mistune import MarkdownWithMath
     nb, numbers = _for_page(nb)
     exporter = _exporter()
     exporter.numbers = numbers
@@ -407,8 +406,7 @@ def _plain_page(title, body, up=''):
 class ShowDocs:
     "nbdev's step `exec_show_docs`, done from the exported module. Named by `procs` in settings.ini."
     def __init__(self, nb):
-        found = (re.match(r'#\|\s*default_exp\s+(\S+)', '\n'.join([f'#| {k} {" ".join(v)}' for k, v in c.directives_.items()]), re.M) for c in nb.cells)
-        self.module = next((m[1].removesuffix('.__init__') for m in found if m), None)
+        self.module = next((c.directives_['default_exp'][0].removesuffix('.__init__') for c in nb.cells if 'default_exp' in c.directives_), None)
 
     def begin(self):
         if self.module is None: return

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from . import see
 
 # %% ../nbs/00_foundations/13_measuring.ipynb #926b4242

@@ -8,7 +8,6 @@ __all__ = ['Mlp', 'GatedMlp', 'LayerScale', 'drop_path', 'DropPath', 'drop_path_
 # %% ../../nbs/00_foundations/05_blocks.ipynb #2b154c57
 from collections.abc import Callable
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from .attention import Attention

@@ -7,7 +7,6 @@ __all__ = ['pair', 'check_divisible', 'patchify', 'PatchEmbed', 'unpatchify']
 
 # %% ../../nbs/00_foundations/01_patches.ipynb #145d7b9d
 from numbers import Integral
-import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn

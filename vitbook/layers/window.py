@@ -9,7 +9,7 @@ __all__ = ['window_partition', 'window_reverse', 'pad_to_window', 'shift_mask']
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 from .embed import check_divisible, pair
 
