@@ -290,6 +290,22 @@ def test_inplace(root):
     assert same(path.read_text()) == same(text)
 
 
+def test_slow_cells_run_when_asked_for(root):
+    "Their outputs and records are written, the header keeps the time of an ordinary run, and an ordinary run afterwards leaves both alone."
+    code = 'import os\nfrom vitbook.measure import record\nrecord("a", "short", ours=1, holds=True, atol=0);'
+    path = notebook(root/'nbs'/'p'/'01_a.ipynb', code, '#| slow\nprint("an hour")\nrecord("a", "long", ours=2, holds=False, atol=0, long=True);', '#| eval: false\n1/0')
+    board = root/'data'/'scoreboard'
+    assert go(root, inplace=True)['a'].status == 'ran' and (board/'a.json').is_file() and not (board/'long').exists()
+    head = nbformat.read(path, 4).cells[0].source
+    assert go(root, inplace=True)['a'].status == 'unchanged' and go(root, inplace=True, slow=True)['a'].status == 'ran'
+    nb = nbformat.read(path, 4)
+    assert nb.cells[2].outputs[0].text == 'an hour\n' and not nb.cells[3].outputs and nb.cells[0].source == head and 's on one CPU core' in head
+    short, long = (board/'a.json').read_text(), (board/'long'/'a.json').read_text()
+    assert [line['claim'] for line in json.loads(long)] == ['long'] and [line['claim'] for line in json.loads(short)] == ['short']
+    assert go(root, inplace=True, fresh=True)['a'].status == 'ran'
+    assert nbformat.read(path, 4).cells[2].outputs[0].text == 'an hour\n' and (board/'long'/'a.json').read_text() == long
+
+
 def test_inplace_failures_write_nothing(root):
     bad = notebook(root/'nbs'/'bad.ipynb', 'print(1)', '1/0')
     edited = notebook(root/'nbs'/'edited.ipynb', 'p = "nbs/edited.ipynb"\ntext = open(p).read().replace("A blurb", "Better")\nopen(p, "w").write(text)')

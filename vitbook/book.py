@@ -138,11 +138,11 @@ def directives(source: str) -> tuple[dict[str, str], str]:
         found[key] = re.sub(r'^[>|]-?\s+', '', value)
     return found, '\n'.join(lines)
 
-# %% ../nbs/00_foundations/14_running_the_book.ipynb #93fe4e87
-def _skipped(source, device='cpu'):
+# %% ../nbs/00_foundations/14_running_the_book.ipynb #7f7bc62e
+def _skipped(source, device='cpu', slow=False):
     "Is this code cell left out of a run? Its saved outputs stay."
     d = directives(source)[0]
-    return 'slow' in d or d.get('eval') == 'false' or ('cuda' in d and device != 'cuda')
+    return ('slow' in d and not slow) or d.get('eval') == 'false' or ('cuda' in d and device != 'cuda')
 
 def _own_inputs(nb, device):
     "What of the notebook itself decides its page: sources without the run time, and the outputs that no run makes."
@@ -595,7 +595,8 @@ def check_device(device: str) -> str:
 class Run:
     "One run of the book: what to run, with what, and where the pages go."
     def __init__(self, root: Path, out: Path, *, jobs: int = 1, device: str = 'cpu', fresh: bool = False, inplace: bool = False,
-                 timeout: int | float = 900, display=None):
+                 timeout: int | float = 900, slow: bool = False, display=None):
+        self.slow = slow
         self.root, self.out, self.jobs, self.device, self.fresh, self.inplace = root, out, jobs, device, fresh, inplace
         self.timeout, self.display = timeout, display or _Silent()
         self.records = root/'data'/'scoreboard' if inplace else out/'records'
@@ -624,7 +625,7 @@ class Run:
         try: nb = nbformat.reads(raw.decode('utf-8'), as_version=4)
         except Exception as e: return self.fail(Result(chapter, 'failed', error=f'{chapter.path.name} is not a notebook ({type(e).__name__})', detail=str(e)), '')
         inputs = self.inputs(chapter, nb)
-        if not self.fresh and self.unchanged(chapter, raw, inputs):
+        if not (self.fresh or self.slow) and self.unchanged(chapter, raw, inputs):
             s = self.state(chapter)
             return Result(chapter, 'unchanged', s.get('seconds'), s.get('peak_mb'))
         with tempfile.TemporaryDirectory(prefix=f'vitbook-run-{os.getpid()}-') as folder:
@@ -632,7 +633,7 @@ class Run:
             staged.mkdir()
             result = await self.execute(chapter, nb, Path(folder), self.records if chapter.slug == 'scoreboard' else staged)
             if not result.good: return self.fail(result, inputs)
-            _stamp(nb, result.seconds, result.peak_mb, self.device)
+            if not self.slow: _stamp(nb, result.seconds, result.peak_mb, self.device)     # the header gives the time of an ordinary run
             try: page = await asyncio.to_thread(make_page, nb, chapter)
             except Exception as e: return self.fail(Result(chapter, 'failed', result.seconds, result.peak_mb, f'{e}', f'{type(e).__name__}: {e}'), inputs)
             records = []
@@ -640,6 +641,7 @@ class Run:
                 write_whole(self.records/p.name, p.read_text(encoding='utf-8'))
                 records.append(p.name)
             for name in {*self.state(chapter).get('records', ())} - {*records}: (self.records/name).unlink(missing_ok=True)     # it records nothing any more
+            for p in sorted((staged/'long').glob('*.json')): write_whole(self.records/'long'/p.name, p.read_text(encoding='utf-8'))
         written = None
         if self.inplace:
             if chapter.path.read_bytes() != raw:
@@ -665,7 +667,7 @@ class Run:
         "Run the cells of `nb` in a kernel of its own; the outputs end up in `nb`."
         from nbclient import NotebookClient
         from nbclient.exceptions import CellExecutionError, DeadKernelError
-        todo = [i for i, c in enumerate(nb.cells) if c.cell_type == 'code' and c.source.strip() and not _skipped(c.source, self.device)]
+        todo = [i for i, c in enumerate(nb.cells) if c.cell_type == 'code' and c.source.strip() and not _skipped(c.source, self.device, self.slow)]
         self.display.start(chapter, len(todo))
         km = _kernel(folder)
         client = NotebookClient(nb, km=km, timeout=None, coalesce_streams=True, shutdown_kernel='immediate', startup_timeout=120)
@@ -778,7 +780,8 @@ def run_book(
     device: str = 'cpu',                  # 'cpu', 'cuda', 'mps' or 'auto'
     fresh: bool = False,                  # run also what did not change
     inplace: bool = False,                # write outputs back into the notebooks, and records into data/scoreboard
-    timeout: int | float = 900,                 # seconds a chapter may take
+    timeout: int | float = 900,                 # seconds a chapter may take; eight times as many with `slow`
+    slow: bool = False,                   # run the `#| slow` cells too: longer experiments, some of which need a data set
     show: bool = True,                    # progress while it runs
 ) -> list[Result]:
     "Run chapters of the book in fresh kernels and write their pages; BookError for what the caller can put right."
@@ -792,7 +795,7 @@ def run_book(
     write_whole(out/'.state'/'version', '1\n')              # also finds out now whether the folder can be written
     _sweep(out)
     display = (_Bars() if sys.stdout.isatty() else _Lines()) if show else _Silent()
-    run = Run(root, out, jobs=jobs or min(2, os.cpu_count() or 1), device=device, fresh=fresh, inplace=inplace, timeout=timeout, display=display)
+    run = Run(root, out, jobs=jobs or min(2, os.cpu_count() or 1), device=device, fresh=fresh, inplace=inplace, timeout=timeout * (8 if slow else 1), slow=slow, display=display)
     try: asyncio.get_running_loop()
     except RuntimeError: return run.start(chapters)
     box = []                                                # called from a notebook, whose loop is running in this thread: take another one

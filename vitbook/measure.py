@@ -204,8 +204,8 @@ def write_atomically(path: str | os.PathLike, text: str):
         if os.path.exists(temporary): os.unlink(temporary)
         raise
 
-# %% ../nbs/00_foundations/13_measuring.ipynb #821b83d6
-_recorded: dict[str, list[dict]] = {}
+# %% ../nbs/00_foundations/13_measuring.ipynb #b2659000
+_recorded: dict[tuple[str, bool], list[dict]] = {}
 
 def record(chapter: str,              # slug
            claim: str,                # one sentence: what should hold
@@ -216,16 +216,17 @@ def record(chapter: str,              # slug
            holds: bool,               # whether the claim held here; computed, never typed
            rtol: float | None = None, # how far a fresh run may differ: relative …
            atol: float | None = None, # … and absolute; at least one
-           note: str = '') -> dict:
-    "A line of the scoreboard. Written to $VITBOOK_RECORDS (set by `vitbook run`), one file a chapter; elsewhere only returned."
+           note: str = '',
+           long: bool = False) -> dict: # of a `#| slow` cell: kept in a file of its own, since an ordinary run leaves the cell out
+    "A line of the scoreboard. Written to $VITBOOK_RECORDS (set by `vitbook run`), one file a chapter, in the folder `long` for longer runs; elsewhere only returned."
     ours = float(ours)
     if rtol is None and atol is None: raise ValueError('record needs a tolerance: rtol or atol')
     if not math.isfinite(ours): raise ValueError(f'ours must be finite, got {ours}')
     line = dict(chapter=chapter, claim=claim, paper=paper, ours=float(f'{ours:.6g}'), unit=unit, holds=bool(holds), rtol=rtol, atol=atol, note=note)
-    lines = _recorded.setdefault(chapter, [])
+    lines = _recorded.setdefault((chapter, long), [])
     lines[:] = [l for l in lines if l['claim'] != claim] + [line]
     if folder := os.environ.get('VITBOOK_RECORDS'):
-        write_atomically(Path(folder)/f'{chapter}.json', json.dumps(lines, indent=1, ensure_ascii=False) + '\n')
+        write_atomically(Path(folder, *['long'] * long)/f'{chapter}.json', json.dumps(lines, indent=1, ensure_ascii=False) + '\n')
     return line
 
 # %% ../nbs/00_foundations/13_measuring.ipynb #27923747
