@@ -6,9 +6,10 @@
 __all__ = ['FORMS', 'MODES', 'Gratings', 'gratings', 'gumbel_gate', 'Gate', 'RowGate', 'ColumnGate', 'Kept', 'select',
            'run_selected', 'PlainStage', 'ReducedAttention', 'ConvMlp', 'PyramidBlock', 'PyramidStage', 'OverlapEmbed',
            'Downsample', 'Costs', 'complexity', 'Routing', 'budget_loss', 'on_staircase', 'dense_grid', 'gathered_grid',
-           'TokenRouter', 'Pyramid', 'inflate', 'token_routing_b1', 'token_routing_b2', 'token_routing_b3',
-           'token_routing_b4', 'token_routing_b5', 'pvt_v2_b0', 'pvt_v2_b1', 'pvt_v2_b2', 'pvt_v2_b2_li', 'pvt_v2_b3',
-           'pvt_v2_b4', 'pvt_v2_b5', 'update_momentum', 'Budget', 'RoutedBlock', 'routed', 'watched']
+           'RoutingGrid', 'TokenRouter', 'Pyramid', 'inflate', 'token_routing_b1', 'token_routing_b2',
+           'token_routing_b3', 'token_routing_b4', 'token_routing_b5', 'pvt_v2_b0', 'pvt_v2_b1', 'pvt_v2_b2',
+           'pvt_v2_b2_li', 'pvt_v2_b3', 'pvt_v2_b4', 'pvt_v2_b5', 'update_momentum', 'Budget', 'RoutedBlock', 'routed',
+           'watched']
 
 # %% ../../nbs/04_tokens/01_token_routing.ipynb #7f53edda
 import inspect, math
@@ -504,11 +505,9 @@ def gathered_grid(router: Any,                          # TokenRouter
         maps.append(x)
     return maps, G, g, seen, stop
 
-# %% ../../nbs/04_tokens/01_token_routing.ipynb #407d71da
-class TokenRouter(nn.Module):
-    """A grid of scales and stages with a gate on every edge: a backbone that computes where it has to. Source: arXiv:2308.03409.
-
-    Training computes every stage on all tokens and masks (gradients reach the gates); evaluation gathers the selected tokens. Both give the same."""
+# %% ../../nbs/04_tokens/01_token_routing.ipynb #c99deca4
+class RoutingGrid(nn.Module):
+    "What a router is made of: stem, stages, patch embeddings, and a gate for each. `TokenRouter` sends tokens through it. Source: arXiv:2308.03409, sec. 3."
     def __init__(self,
                  img_size: int | tuple[int, int] = 224,
                  in_chans: int = 3,
@@ -610,8 +609,6 @@ class TokenRouter(nn.Module):
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes).to(self.norm.weight) if num_classes else nn.Identity()
 
-    # sizes and costs
-
     def _check(self, size, name):
         side = self.strides[-1]
         check_divisible(name, size, (side, side), f'the coarsest stride 4*2^{len(self.strides) - 1}:')
@@ -621,6 +618,11 @@ class TokenRouter(nn.Module):
         "Rows and columns of tokens of a picture at a scale."
         return size[0] // self.strides[scale], size[1] // self.strides[scale]
 
+# %% ../../nbs/04_tokens/01_token_routing.ipynb #00139f28
+class TokenRouter(RoutingGrid):
+    """A grid of scales and stages with a gate on every edge: a backbone that computes where it has to. Source: arXiv:2308.03409.
+
+    Training computes every stage on all tokens and masks (gradients reach the gates); evaluation gathers the selected tokens. Both give the same."""
     def costs(self, img_size: int | tuple[int, int] | None = None) -> Costs:
         "Multiply-adds of every kind of module for pictures of this size (default: the size built for)."
         size = self.img_size if img_size is None else pair(img_size)
@@ -630,8 +632,6 @@ class TokenRouter(nn.Module):
         stairs = sum(row[i] for i in range(len(row)) for j in range(self.num_stages) if on_staircase(i, j, len(row)))
         return Costs(row, col, [2 * math.prod(g) * d for g, d in zip(grids, self.embed_dims)], [2 * d for d in self.embed_dims[:-1]],
                      self.stem.macs(grids[0]), self.num_features * self.num_classes, stairs + sum(col))
-
-    # gates
 
     def forced(self, path: str) -> tuple[list[list[float | None]], list[list[float | None]]]: # [i][j] for `route`; None: the gate decides
         "Row and column gates of a fixed path: 'open', 'shut', 'staircase'; half fixed: 'scale' (all rows open), 'depth' (the staircase's columns, gated rows on it); 'free'."
@@ -673,8 +673,6 @@ class TokenRouter(nn.Module):
             for k in range(j + 1, M + 1): ahead |= self._col(i, k, x, forced_col[i][k], one, one, shift) > 0
         return ~ahead
 
-    # the grid
-
     def embed(self, x: Float[Tensor, 'b c y x']) -> Float[Tensor, 'b l d']:
         "F[0, 0]. ValueError if channels or size do not fit."
         if x.shape[1] != self.in_chans: raise ValueError(f'x must have in_chans={self.in_chans} channels, got {x.shape[1]}')
@@ -707,8 +705,6 @@ class TokenRouter(nn.Module):
         costs = self.costs(tuple(x.shape[2:]))
         cost = complexity(costs, [[t.mean(1) for t in line] for line in G], g, reached)
         return Routing(maps, grids, G, g, reached, stop, cost, costs)
-
-    # readouts
 
     def features(self, x: Float[Tensor, 'b c y x']) -> list[Float[Tensor, 'b d h w']]:
         "The last map of every scale, channels first, for a detector or a segmentation head; `strides` and `embed_dims` describe them."
