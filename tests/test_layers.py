@@ -1,9 +1,11 @@
 """Properties of the layers, over sizes that hypothesis chooses: inverses, agreement of every way to compute one thing, limits, bad input."""
-import math, sys
+import math, sys, warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
+from torch import nn
 from torch.testing import assert_close
 
 from vitbook.layers.attention import BACKENDS, Attention, attention, blockwise_attention, entropy, naive_attention, refusal
@@ -354,3 +356,27 @@ def test_signatures_are_checked_in_this_run():
     from vitbook.layers.window import window_partition
     with pytest.raises(TypeCheckError): window_partition(torch.zeros(2, 4, 4), 2)
     assert LayerScale(3, 1).gamma.tolist() == [1, 1, 1]
+
+
+def test_mlp_in_place_under_transforms():
+    "Without gradients GELU overwrites its input: derivatives by torch.func, vmap and inference mode see the same function, and no caller's tensor changes."
+    from vitbook.layers.block import Mlp
+    torch.manual_seed(0)
+    mlp, x = Mlp(6, 10, 4).double().requires_grad_(False), torch.randn(5, 6, dtype=torch.double)
+    plain, total = lambda x: mlp.fc2(F.gelu(mlp.fc1(x))), lambda f: lambda x: f(x).square().sum()
+    same, before = torch.testing.assert_close, x.clone()
+    same(torch.func.jacrev(mlp)(x), torch.func.jacrev(plain)(x))
+    same(torch.func.jacfwd(mlp)(x), torch.func.jacfwd(plain)(x))
+    same(torch.func.hessian(total(mlp))(x), torch.func.hessian(total(plain))(x))
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                                  # vmap says that it loops
+        same(torch.vmap(mlp)(x), plain(x))
+    with torch.inference_mode(): same(mlp(x), plain(x))
+    with torch.no_grad(): same(torch.func.grad(total(mlp))(x), torch.func.grad(total(plain))(x))
+    assert torch.equal(x, before)
+    tanh = Mlp(6, act_layer=lambda: nn.GELU('tanh')).double().requires_grad_(False)
+    same(tanh(x), tanh.fc2(F.gelu(tanh.fc1(x), approximate='tanh')))
+    identity = Mlp(6, 6).double().requires_grad_(False)
+    identity.fc1 = nn.Identity()                                          # its output is the caller's tensor
+    same(identity(x), identity.fc2(F.gelu(x)))
+    assert torch.equal(x, before)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Mlp', 'GatedMlp', 'LayerScale', 'drop_path', 'DropPath', 'drop_path_rates', 'Block']
 
-# %% ../../nbs/00_foundations/05_blocks.ipynb #2b154c57
+# %% ../../nbs/00_foundations/05_blocks.ipynb #0af27182
 from collections.abc import Callable
 import torch
 from jaxtyping import Bool, Float
@@ -26,7 +26,11 @@ class Mlp(nn.Module):
         hidden, out = hidden_features or in_features, out_features or in_features
         self.fc1, self.act, self.fc2, self.drop = nn.Linear(in_features, hidden, bias=bias), act_layer(), nn.Linear(hidden, out, bias=bias), nn.Dropout(drop)
 
-    def forward(self, x: Float[Tensor, '*b c']) -> Float[Tensor, '*b d']: return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+    def forward(self, x: Float[Tensor, '*b c']) -> Float[Tensor, '*b d']:
+        h = self.fc1(x)
+        own = type(self.fc1) is nn.Linear and type(self.act) is nn.GELU and not any(m._forward_hooks or m._forward_pre_hooks for m in (self.fc1, self.act))
+        h = torch.ops.aten.gelu_(h, approximate=self.act.approximate) if own and not h.requires_grad else self.act(h)   # in place where nobody else has a use for it
+        return self.drop(self.fc2(self.drop(h)))
 
 # %% ../../nbs/00_foundations/05_blocks.ipynb #de94c959
 class GatedMlp(nn.Module):
