@@ -115,6 +115,21 @@ def test_classifier_shapes(name):
 
 
 @image
+def test_feature_maps(name):
+    "As many maps as `levels` says, of these channels and strides; `features_only` gives the same without a head."
+    model, (x,) = build(name).eval(), inputs(name)
+    if not hasattr(model, 'feature_maps'): pytest.skip(f'{name} offers no maps')
+    with torch.no_grad():
+        maps, size = model.feature_maps(x), x.shape[2:]
+        assert len(maps) == len(model.levels) > 0
+        for m, level in zip(maps, model.levels): assert m.shape == (2, level.channels, *(-(-s // level.stride) for s in size))
+        only = create_model(name, features_only=True, out_indices=(-1,), **INFO[name].example).eval()
+        only.model.load_state_dict(model.state_dict(), strict=False)
+        same(only(x), [maps[-1]])
+        assert only.levels == (model.levels[-1],) and not any('head' in n for n in only.state_dict())
+
+
+@image
 @pytest.mark.parametrize('chans', [1, 4])
 def test_channels(name, chans):
     size = INFO[name].input_shape[1:]

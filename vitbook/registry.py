@@ -6,9 +6,9 @@
 __all__ = ['PARTS', 'Entry', 'register_model', 'did_you_mean', 'model_arguments', 'create_model', 'list_models', 'model_info',
            'load_weights']
 
-# %% ../nbs/00_foundations/08_registry.ipynb #bd930c8e
+# %% ../nbs/00_foundations/08_registry.ipynb #0d980d3e
 import difflib, fnmatch, functools, importlib, inspect, pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
@@ -82,15 +82,22 @@ def _entry(name: str) -> Entry:
     if name not in _entries: raise ValueError(f'no model is named {name!r}{did_you_mean(name, sorted(_entries))}')
     return _entries[name]
 
-def create_model(name: str,       # one of `list_models()`
-                 **arguments: Any, # of the model's constructor; an unknown one raises
+def create_model(name: str,                   # one of `list_models()`
+                 *,
+                 features_only: bool = False, # instead of class scores a list of maps, see `vitbook.backbone.FeatureMaps`
+                 out_indices: Sequence[int] | None = None, # with `features_only`: which of the model's levels; None: all
+                 **arguments: Any,            # of the model's constructor; an unknown one raises
                 ) -> nn.Module:
     "A new model with random weights. ValueError names the nearest models, or the nearest arguments, if one is unknown."
     entry = _entry(name)
     known = list(model_arguments(entry.build))
     for given in arguments:
         if given not in known: raise ValueError(f'{name} has no argument {given!r}{did_you_mean(given, known)}')
-    return entry.build(**arguments)
+    model = entry.build(**arguments)
+    if not features_only and out_indices is None: return model
+    if not features_only: raise ValueError(f'out_indices={out_indices} needs features_only=True')
+    from vitbook.backbone import FeatureMaps
+    return FeatureMaps(model, out_indices)
 
 # %% ../nbs/00_foundations/08_registry.ipynb #c78d2593
 def list_models(pattern: str = '*',       # shell-style, as in 'vit_*'

@@ -8,19 +8,42 @@ __all__ = ['VisionTransformer', 'vit_tiny_patch16_224', 'vit_small_patch16_224',
            'deit_small_distilled_patch16_224', 'deit_base_distilled_patch16_224', 'from_huggingface',
            'vit_from_state_dict']
 
-# %% ../nbs/00_foundations/09_vit.ipynb #c25e8cf0
+# %% ../nbs/00_foundations/09_vit.ipynb #dc548665
 import re
 from collections.abc import Mapping
+from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from .layers.block import Block, drop_path_rates
+from .layers.conv import tokens_to_map
 from .layers.embed import PatchEmbed, pair
 from .layers.position import resize_position
+from .backbone import Backbone, Level
 from .registry import load_weights, register_model
 
-# %% ../nbs/00_foundations/09_vit.ipynb #ae11f16a
-class VisionTransformer(nn.Module):
+# %% ../nbs/00_foundations/09_vit.ipynb #4e5de290
+class _PublishedViT(Backbone):
+    "The part of a Vision Transformer that deals with weights from elsewhere."
+    @staticmethod
+    def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "timm's names are ours; Hugging Face's are renamed."
+        return from_huggingface(state_dict) if any('embeddings.' in k for k in state_dict) else dict(state_dict)
+
+    @staticmethod
+    def official_arguments(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+        raise ValueError('weights do not tell the number of heads: make the model first, or use vit_from_state_dict')
+
+    def resized(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "Positions learned on a square grid, interpolated to this model's."
+        out, prefix = dict(state_dict), 0 if self.no_embed_class else self.num_prefix_tokens
+        side = round((out['pos_embed'].shape[1] - prefix) ** .5) if 'pos_embed' in out else 0
+        if 'pos_embed' in out and out['pos_embed'].shape[1] == prefix + side ** 2 and out['pos_embed'].shape[1] != self.pos_embed.shape[1]:
+            out['pos_embed'] = resize_position(out['pos_embed'], side, self.grid_size, prefix)
+        return out
+
+# %% ../nbs/00_foundations/09_vit.ipynb #5e69b1d1
+class VisionTransformer(_PublishedViT):
     "Vision Transformer with timm's arguments and parameter names; with `distilled`, DeiT. Source: arXiv:2010.11929, eq. 1-4; arXiv:2012.12877, sec. 4."
     def __init__(self,
                  img_size: int | tuple[int, int] = 224,
@@ -51,13 +74,15 @@ class VisionTransformer(nn.Module):
         if global_pool == 'token' and not class_token: raise ValueError("global_pool='token' needs class_token=True")
         if distilled and not (class_token and global_pool == 'token'): raise ValueError("distilled=True needs class_token=True and global_pool='token'")
         if embed_dim % num_heads: raise ValueError(f'num_heads must divide embed_dim={embed_dim}, got {num_heads}')
-        self.img_size, self.num_classes, self.global_pool, self.embed_dim = pair(img_size), num_classes, global_pool, embed_dim
+        self.img_size, self.in_chans, self.num_classes, self.global_pool, self.embed_dim = pair(img_size), in_chans, num_classes, global_pool, embed_dim
         self.num_features = self.head_hidden_size = embed_dim
         self.num_prefix_tokens, self.no_embed_class, self.dynamic_img_size = class_token + distilled + reg_tokens, no_embed_class, dynamic_img_size
         norm = lambda dim: nn.LayerNorm(dim, eps=norm_eps)
 
         self.patch_embed = PatchEmbed(self.img_size, patch_size, in_chans, embed_dim)
         self.grid_size = self.patch_embed.grid_size
+        self.taps = sorted({depth * i // 4 - 1 for i in range(1, 5)} - {-1})     # the blocks whose tokens `feature_maps` gives: a quarter of the depth apart
+        self.levels = tuple(Level(embed_dim, self.patch_embed.patch_size[0]) for _ in self.taps)
         if dynamic_img_size: self.patch_embed.img_size = None
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if distilled else None
@@ -109,6 +134,15 @@ class VisionTransformer(nn.Module):
     def forward_features(self, x: Float[Tensor, 'b i y x']) -> Float[Tensor, 'b n c']:
         "All tokens after the last block, prefix tokens first."
         return self.norm(self.blocks(self.embed(x)))
+
+    def feature_maps(self, x: Float[Tensor, 'b i y x']) -> list[Float[Tensor, 'b c v u']]:
+        "The patch tokens after four blocks, a quarter of the depth apart, as maps; all of the patch's stride."
+        grid, maps = self.patch_embed.grid(*x.shape[2:]), []
+        x = self.embed(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in self.taps: maps.append(tokens_to_map(x, grid, self.num_prefix_tokens))
+        return maps
 
     def forward_head(self, x: Float[Tensor, 'b n c'], pre_logits: bool = False) -> Float[Tensor, 'b k'] | tuple[Float[Tensor, 'b k'], Float[Tensor, 'b k']]:
         "Pool the tokens and classify; `pre_logits` stops before the head."
