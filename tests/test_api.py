@@ -14,6 +14,29 @@ from vitbook.registry import _entries as entries                       # the bui
 
 INPUTS = {name: lambda: (torch.randint(2, 40, (2, 12), generator=torch.Generator().manual_seed(0)),)     # name -> function() -> tuple of inputs, for models that take no pictures
           for name in ('urpe_synthetic', 'urpe_synthetic_rpe', 'urpe_synthetic_nope')}
+INPUTS |= {name: lambda: (torch.randn(2, 24, 5, generator=torch.Generator().manual_seed(0)), torch.rand(2, 24, 4, generator=torch.Generator().manual_seed(1)) - .5)    # a lookback of five series, and its calendar
+           for name in list_models('i*former*', part='sequences')}
+INPUTS |= {name: lambda: (torch.randn(2, 15, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([.3, .8]), torch.tensor([3, 7]), torch.stack([torch.arange(15) % 5, torch.arange(15) // 5]).expand(2, 2, 15),
+                           torch.tensor([[1] * 15, [1] * 10 + [0] * 5]), torch.tensor([[[3, 5]], [[2, 5]]]))                # noisy tokens, times, classes, columns and rows, mask, sizes
+           for name in list_models('fit*', part='generation')}
+INPUTS |= {name: lambda: (torch.randn(92, 96, generator=torch.Generator().manual_seed(0)), [(1, 6, 10), (2, 4, 4)])    # patches of a picture and a clip, and their grids
+           for name in list_models('qwen25_vl_*_vision')}
+INPUTS |= {name: lambda: (torch.tensor([[1, 2, 90, *[91] * 6, 93, 3]] * 2), torch.randn(48, 96, generator=torch.Generator().manual_seed(0)), [(1, 4, 6)] * 2)    # words with placeholders, patches, grids
+           for name in list_models('qwen25_vl_*b')}
+def voxels(height):
+    "Features and places of 80 voxels in two scenes of 24 x 24 cells."
+    g = torch.Generator().manual_seed(0)
+    cells = torch.randperm(2 * height * 576, generator=g)[:80]
+    return torch.randn(80, 16, generator=g), torch.stack([cells // (height * 576), cells // 576 % height, cells // 24 % 24, cells % 24], 1)
+
+
+def points():
+    "200 points of two scenes within 12 m, with their numbers in front."
+    g = torch.Generator().manual_seed(0)
+    return torch.cat([torch.arange(200)[:, None] % 2, (torch.rand(200, 3, generator=g) * 2 - 1) * torch.tensor([12., 12., 1.9]), torch.rand(200, 2, generator=g)], 1),
+
+
+INPUTS |= {'dsvt_waymo_pillar': lambda: voxels(1), 'dsvt_nuscenes_pillar': lambda: voxels(1), 'dsvt_waymo_voxel': lambda: voxels(8), 'dsvt_waymo_pillar_detector': points, 'dsvt_waymo_voxel_detector': points}
 NAMES = list_models()
 INFO = {name: entries[name] for name in NAMES}
 IMAGE = [name for name in NAMES if INFO[name].input_shape]

@@ -387,7 +387,8 @@ def test_spectra_are_resized_when_loaded(tmp_path):
     load_checkpoint(large, tmp_path/'small.pth')
     at = 'stages.2.1.gnconv.dwconv.complex_weight'
     a, b = small.state_dict()[at], large.state_dict()[at]
-    assert_close(b, F.interpolate(a.permute(3, 0, 1, 2), (24, 13), mode='bilinear', align_corners=True).permute(1, 2, 3, 0)) and b.shape == (56, 24, 13, 2)
+    assert_close(b, F.interpolate(a.permute(3, 0, 1, 2), (24, 13), mode='bilinear', align_corners=True).permute(1, 2, 3, 0))
+    assert b.shape == (60, 24, 13, 2)                                       # half of 8 + 16 + 32 + 64 channels
     x = torch.rand(1, 3, 384, 384)
     with torch.no_grad(): assert_close(large.eval()(x), small.eval()(x), rtol=1e-3, atol=1e-4)          # what the small one does at call time
 

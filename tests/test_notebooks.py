@@ -14,7 +14,7 @@ RUN = [sys.executable, '-c', 'import sys; from vitbook.cli import main; sys.exit
 def book(tmp_path_factory):
     "One run of the whole book into an empty folder; what it printed and where it wrote."
     out = tmp_path_factory.mktemp('book')
-    done = run(*RUN, 'all', '--jobs', '2', '--fresh', '--root', ROOT, '--out', out, timeout=1500, check=False)
+    done = run(*RUN, 'all', '--jobs', '2', '--fresh', '--root', ROOT, '--out', out, timeout=3600, check=False)
     print(done.stdout, done.stderr)
     return out, done
 

@@ -250,7 +250,8 @@ def test_dropout_comes_after_the_product():
     out, W, A = U.urpe_attention(q, k, eye, factor=C, dropout_p=.25, return_weights=True)   # values = identity: the output is the dropped matrix
     kept = out != 0
     assert .7 < kept.float().mean() < .8
-    assert_close(out[kept], (W / .75)[kept]) and assert_close(A.sum(-1), torch.ones(2, 3, 40))
+    assert_close(out[kept], (W / .75)[kept])
+    assert_close(A.sum(-1), torch.ones(2, 3, 40))
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -512,7 +513,8 @@ def test_official_options():
 
     segments = torch.tensor([[0, 0, 1, 1, 1, 0, 0]] * 2)
     two = U.from_official(weights | {'segment_embeddings.weight': normal(2, 12, dtype=torch.float)}, base | dict(num_segments=2))
-    assert_close(two(tokens), x, rtol=1e-4, atol=1e-5) and (two(tokens, segments) - x).abs().max() > .1
+    assert_close(two(tokens), x, rtol=1e-4, atol=1e-5)
+    assert (two(tokens, segments) - x).abs().max() > .1
     assert_close(two(tokens, embedded=weights['embed_tokens.weight'][tokens]), x, rtol=1e-4, atol=1e-5)
 
 
@@ -614,7 +616,8 @@ def test_attention_module():
     attn = shaken(U.URPEAttention(16, 4, qk_norm=True, **tables()), by=.2)
     x, rope = torch.randn(2, 7, 16), rope_1d(6, 4)
     seen = attn.attend(x, rope=rope, causal=True)
-    assert_close(seen.weights, seen.softmax * U.toeplitz(attn.factor_table.weight, 7)) and (seen.weights.triu(1) == 0).all()
+    assert_close(seen.weights, seen.softmax * U.toeplitz(attn.factor_table.weight, 7))
+    assert (seen.weights.triu(1) == 0).all()
     assert_close(attn.proj(seen.out.transpose(1, 2).flatten(2)), attn(x, rope=rope, causal=True))
     extra = torch.randn(4, 7, 7)
     assert_close(attn.attend(x, factor=extra).weights, attn.attend(x).weights * extra)
