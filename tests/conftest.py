@@ -1,10 +1,11 @@
-"""Before anything is imported: one thread, no network, figures without a window."""
-import os, sys
+"""Before anything is imported: one thread, no network, figures without a window, Triton interpreted where there is no GPU."""
+import os, shutil, sys
 from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', HF_HUB_OFFLINE='1', MPLBACKEND='agg', TOKENIZERS_PARALLELISM='false')
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE/'offline')]
+if not shutil.which('nvidia-smi'): os.environ.setdefault('TRITON_INTERPRET', '1')    # without a GPU Python runs the Triton kernels; it must be said before Triton is imported
 import sitecustomize  # noqa: F401,E402  (an environment may already have loaded one of its own, see below)
 
 if 'VITBOOK_OFFLINE_TEST' not in os.environ: exec((HERE/'offline'/'sitecustomize.py').read_text())

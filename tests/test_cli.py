@@ -76,7 +76,9 @@ def test_doctor(call, monkeypatch):
     import torch
     report = json.loads(call('doctor', '--json')[1])
     assert report['facts']['torch'] == torch.__version__ and report['facts']['threads of torch'] == torch.get_num_threads()
-    assert [r['backend'] for r in report['backends']] == ['naive', 'sdpa', 'flex', 'blockwise'] and report['device'] in ('cpu', 'cuda', 'mps')
+    assert [r['backend'] for r in report['backends']] == ['naive', 'sdpa', 'flex', 'blockwise', 'twice', 'triton'] and report['device'] in ('cpu', 'cuda', 'mps')
+    taken = {r['asked for']: r['takes'] for r in report['taken']}
+    assert taken['the output'] == 'sdpa' and taken['weights'] == 'naive' and (taken['entropy'], taken['entropy alone, for a probe']) in (('blockwise', 'twice'), ('triton', 'triton'), ('blockwise', 'blockwise')) and 'loop' in {r['backend'] for r in report['packed']}
     monkeypatch.setattr(cli.metadata, 'requires', lambda name: ['torch>=2', 'nosuchthing>=1; extra == "book"', 'numpy; extra == "book"', 'nosuchthing; sys_platform == "plan9" and extra == "gpu"'])
     monkeypatch.setattr(cli.metadata, 'metadata', lambda name: type('', (), {'get_all': lambda self, key: ['book', 'gpu']})())
     assert cli.extras() == dict(book=['nosuchthing'], gpu=[])
@@ -84,14 +86,21 @@ def test_doctor(call, monkeypatch):
     assert 'missing: nosuchthing' in out and 'blockwise' in out and 'why not' in out
 
 
-def test_bench(call, monkeypatch):
-    from vitbook.layers import attention
-    assert 'attention' in call('bench')[1]
-    rows = [r for r in attention.backends() if r['backend'] != 'flex']                # compiling takes half a minute
-    monkeypatch.setattr(attention, 'backends', lambda device='cpu': rows)
-    report = json.loads(call('bench', 'attention', '--sizes', '8', '16', '--json')[1])
-    assert {(r['way'], r['n']) for r in report['rows']} == {(w, n) for w in ('naive', 'sdpa', 'blockwise') for n in (8, 16)} and all(r['median'] > 0 for r in report['rows'])
-    assert 'blockwise (ms)' in call('bench', 'attention', '--sizes', '8')[1]
+def test_bench(call, monkeypatch, tmp_path):
+    from vitbook import bench
+    assert {'attention', 'entropy_attention'} <= {r['name'] for r in json.loads(call('bench', '--list', '--json')[1])} and 'packed_attention' in call('bench', '--list')[1]
+    report = json.loads(call('bench', 'entropy_attention', '--sizes', '8', '16', '--json')[1])
+    assert report['bench'] == 'entropy_attention' and {r['n'] for r in report['forward']['rows']} == {8, 16} and all(r['median'] > 0 for r in report['train']['rows'])
+    shown = call('bench', 'attention', '--sizes', '8')[1]
+    assert 'blockwise' in shown and 'of sdpa' in shown and 'train, cpu' in shown
+    status, out, err = call('bench', 'atention')
+    assert status == 2 and len(err.splitlines()) == 1 and 'no bench named' in err
+    assert call('bench', 'attention', '--sizes', '0')[0] == 2
+    monkeypatch.setattr(cli, 'find_root', lambda start=None: tmp_path)
+    err = call('bench', 'set_attention', '--sizes', '40', '--save')[2]
+    assert 'saved: benchmarks/cpu/set_attention.json' in err and json.loads((tmp_path/'benchmarks'/'cpu'/'set_attention.json').read_text())['sizes'] == [40]
+    monkeypatch.setattr(bench, '_entries', {k: v for k, v in bench._entries.items() if k in ('attention', 'set_attention')})
+    assert [r['bench'] for r in json.loads(call('bench', '--sizes', '40', '--json')[1])] == ['attention', 'set_attention'], 'without a name, all'
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(monkeypatch):

@@ -290,6 +290,8 @@ def test_log_factor_form_takes_any_sign_and_any_kernel():
     for attend in ({}, dict(attend=kernel)):
         assert_close(U.log_factor_attention(q, k, v, bias=B, factor=C, **attend), U.urpe_attention(q, k, v, bias=B, factor=C))
         assert_close(U.log_factor_attention(q, k, v, factor=C, **attend), U.urpe_attention(q, k, v, factor=C))
+    leaves = [x.clone().requires_grad_() for x in (q, k, v, B)]
+    for got, want in zip(*(torch.autograd.grad(f(*leaves[:3], bias=leaves[3], factor=C, causal=True).square().sum(), leaves) for f in (U.log_factor_attention, U.urpe_attention))): assert_close(got, want)
 
 
 # what no relative Transformer can do

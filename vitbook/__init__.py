@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 # %% auto #0
 __all__ = ['create_model', 'list_models', 'load_checkpoint', 'model_info']
 
-# %% ../nbs/index.ipynb #b7d33013
+# %% ../nbs/index.ipynb #827e5cb2
 import importlib
 
 _all_ = ['create_model', 'list_models', 'load_checkpoint', 'model_info']

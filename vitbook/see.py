@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from .layers.attention import attention, attention_scores, blockwise_attention, masked_softmax
+from .kernels.entropy_attention import attention_entropy
+from .layers.attention import attention, attention_scores, masked_softmax
 
 # %% ../nbs/00_foundations/12_seeing.ipynb #6800a235
 COLORS = ['#3b6fb6', '#d9822b', '#2e8b6f', '#b8455f', '#7a5fa8', '#8a7a4d', '#4aa3c0', '#6b6f76']   # told apart with every kind of colour vision
@@ -150,9 +151,9 @@ class recording(TorchFunctionMode):
 
     @torch.no_grad()
     def _from_qkv(self, q, k, v, bias=None, mask=None, causal=False, scale=None):
+        if not self.keep_weights: return None, attention_entropy(q.detach(), k.detach(), bias=bias, mask=mask, causal=causal, scale=scale)
         if k.shape[1] != q.shape[1]: k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
         q, k = q.detach().float(), k.detach().float()
-        if not self.keep_weights: return None, blockwise_attention(q, k, k[..., :1], bias=bias, mask=mask, causal=causal, scale=scale)[1]
         w = masked_softmax(attention_scores(q, k, bias=bias, mask=mask, causal=causal, scale=scale))
         return w, torch.special.entr(w).sum(-1)
 

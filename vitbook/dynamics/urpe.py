@@ -781,7 +781,7 @@ def log_factor_attention(q: Float[Tensor, 'b h n d'],
                         ) -> Float[Tensor, 'b h n e']:
     """URPE attention by a kernel that knows no factor: C goes into the scores as log |C|, positive and negative entries apart, and two log-sum-exps put the row sums back.
 
-    Forward only with the default kernel, whose log-sum-exp has no gradient."""
+    Gradients flow if the kernel's log-sum-exp has one, as that of the default has; an entry of the factor that is 0 gets none."""
     rest = dict(mask=mask, causal=causal, scale=scale)
     at = lambda b: attend(q, k, v, bias=b, **rest)
     lse = at(bias)[-1]
