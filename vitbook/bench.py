@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 import torch
 from . import measure, see
-from .measure import Comparison
 
 # %% ../nbs/00_foundations/21_bench.ipynb #65e45742
 class Bench(NamedTuple):
