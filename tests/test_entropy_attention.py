@@ -247,6 +247,11 @@ def test_slow_on_a_gpu_is_said():
         assert [str(w.message) for w in said] == (['entropy on a GPU without the Triton kernel is several times slower: triton cannot: keys and values may be 256 wide, not 300'] if warned else [])
 
 
+def test_gpus_it_was_not_built_for(monkeypatch):
+    monkeypatch.setattr(torch.version, 'hip', '6.4')
+    assert E.choose('cuda') == ('blockwise', "triton cannot: it is built and tested for NVIDIA's GPUs; AMD's have not been tried")
+
+
 def test_every_way_in_goes_by_the_same_choice(monkeypatch):
     from vitbook.layers.attention import attention
     q, k, v, _, _ = inputs(n=23)
@@ -320,6 +325,29 @@ def test_kernels_compile_for_gpus_and_fit():
     rows = [line.split() for line in done.stdout.splitlines()]
     assert len(rows) == 30, done.stderr[-3000:]
     for arch, kernel, registers, spilled, shared in rows: assert int(registers) <= 255 and int(spilled) <= 256 and 0 < int(shared) <= 99 * 1024, (arch, kernel, registers, spilled, shared)
+
+
+SPECIAL = """
+import torch, triton
+from triton.compiler import ASTSource
+from triton.backends.compiler import GPUTarget
+from vitbook.kernels import entropy_triton as T
+for f in (T._forward, T._to_queries, T._to_keys):
+    go = T.tiles(20, 33, torch.bfloat16, f is not T._forward)
+    flags = dict.fromkeys(('BIAS', 'MASK', 'CAUSAL', 'BIAS_GRADIENT', 'ONE_ROW', 'ONE_COLUMN', 'SHARED'), True)
+    kinds = dict.fromkeys(('H', 'L', 'DELTA', 'GH', 'GB', 'B'), '*fp32') | {'M': '*u8', 'scale': 'fp32'} | dict.fromkeys(('n', 'm', 'heads', 'group'), 'i32')
+    for ones in ((), ('n',), ('m',), ('n', 'm', 'heads', 'group'), ('heads', 'group', 'q_n', 'k_n', 'b_n', 'm_m', 'gb_n', 'gb_m', 'g_d', 'g_n', 'q_b')):
+        fixed = flags | dict(D=20, E=33, WIDE_D=32, WIDE_E=64, PRECISION='tf32', ROWS=go['ROWS'], COLS=go['COLS']) | dict.fromkeys(ones, 1)
+        signature = {n: 'constexpr' if n in fixed else kinds.get(n) or ('*bf16' if n.isupper() else 'i32') for n in f.arg_names}
+        constants = {(f.arg_names.index(n),): x for n, x in fixed.items() if n in f.arg_names}
+        triton.compile(ASTSource(f, signature, constants), target=GPUTarget('cuda', 80, 32), options=dict(num_warps=go['num_warps'], num_stages=2))
+        print(f.__name__, *ones)
+"""
+
+def test_kernels_compile_where_an_argument_is_one():
+    "Triton compiles an argument that is 1 (one query, one key, one head, a stride) as a constant: a kernel of its own, which the interpreter never sees."
+    done = subprocess.run([sys.executable, '-Wignore', '-c', SPECIAL], cwd=ROOT, capture_output=True, text=True, env={n: x for n, x in os.environ.items() if n != 'TRITON_INTERPRET'})
+    assert len(done.stdout.splitlines()) == 15, done.stderr[-3000:]
 
 
 def test_resources_say_why_not():

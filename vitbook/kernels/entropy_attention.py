@@ -239,6 +239,7 @@ def refusal(backend: str,              # a key of BACKENDS
         if widths_differ: return 'it wants keys and values of one width'
     if backend == 'triton':
         if why := _triton_missing(): return why
+        if torch.version.hip: return "it is built and tested for NVIDIA's GPUs; AMD's have not been tried"
         from vitbook.kernels.entropy_triton import INTERPRETED
         if device != 'cuda' and not (device == 'cpu' and INTERPRETED): return f'it runs on GPUs, not on {device} (or, to test it, with TRITON_INTERPRET=1 set before Python starts)'
         if dtype == torch.float64: return 'it knows no float64'
