@@ -221,10 +221,10 @@ def record(chapter: str,              # slug
            note: str = '',
            long: bool = False) -> dict: # of a `#| slow` cell: kept in a file of its own, since an ordinary run leaves the cell out
     "A line of the scoreboard. Written to $VITBOOK_RECORDS (set by `vitbook run`), one file a chapter, in the folder `long` for longer runs; elsewhere only returned."
-    ours = float(ours)
+    ours = ours if isinstance(ours, int) and not isinstance(ours, bool) else float(f'{float(ours):.6g}')   # a count stays as it is
     if rtol is None and atol is None: raise ValueError('record needs a tolerance: rtol or atol')
     if not math.isfinite(ours): raise ValueError(f'ours must be finite, got {ours}')
-    line = dict(chapter=chapter, claim=claim, paper=paper, ours=float(f'{ours:.6g}'), unit=unit, holds=bool(holds), rtol=rtol, atol=atol, note=note)
+    line = dict(chapter=chapter, claim=claim, paper=paper, ours=ours, unit=unit, holds=bool(holds), rtol=rtol, atol=atol, note=note)
     lines = _recorded.setdefault((chapter, long), [])
     lines[:] = [l for l in lines if l['claim'] != claim] + [line]
     if folder := os.environ.get('VITBOOK_RECORDS'):
