@@ -29,7 +29,7 @@ def test_notebook_runs(book, notebook):
     last = state(out, notebook)
     assert last['status'] == 'ran', f"{notebook.name} {last['status']}: {last['error']}\n{text_of_page(out/last['page'])}"
     took = last.get('cpu_seconds') or last['seconds']      # seconds of the core; what a notebook waited for its neighbours is not its own
-    assert took <= SECONDS, f"{notebook.name} took {took} s of one core, {SECONDS} are allowed"
+    assert took <= 1.5 * SECONDS, f"{notebook.name} took {took} s of one core; {SECONDS} are allowed where it was written (test_chapters), and half as much again elsewhere"
 
 
 def text_of_page(path):
@@ -92,8 +92,9 @@ def differences(committed, fresh):
     for key in sorted(fresh.keys() - committed.keys()): yield f'{key}: recorded by the fresh run, but not committed (vitbook run --inplace writes data/scoreboard)'
     for key in sorted(committed.keys() & fresh.keys()):
         old, new = committed[key], fresh[key]
-        if apart(old['ours'], new['ours'], old.get('rtol'), old.get('atol')): yield f"{key}: committed {old['ours']}, the fresh run gives {new['ours']} (rtol {old.get('rtol')}, atol {old.get('atol')})"
-        for name in ('paper', 'unit', 'holds', 'rtol', 'atol'):             # not the note: it may hold a time
+        clock = old.get('timed') and new.get('timed')                        # a ratio of times: it must be there again, but no fresh run is held to its figure
+        if not clock and apart(old['ours'], new['ours'], old.get('rtol'), old.get('atol')): yield f"{key}: committed {old['ours']}, the fresh run gives {new['ours']} (rtol {old.get('rtol')}, atol {old.get('atol')})"
+        for name in ('paper', 'unit', 'rtol', 'atol', 'timed', *(() if clock else ('holds',))):      # not the note: it may hold a time
             if old.get(name) != new.get(name): yield f'{key}: {name} is {old.get(name)!r} as committed and {new.get(name)!r} in the fresh run'
 
 
@@ -133,4 +134,7 @@ def test_differences_are_seen():
     assert not list(differences(same, {('a', 'b'): line | dict(ours=2.19)}))
     for wrong in ({}, same | {('a', 'c'): line}, {('a', 'b'): line | dict(ours=2.3)}, {('a', 'b'): line | dict(holds=False)}, {('a', 'b'): line | dict(ours=math.nan)}):
         assert list(differences(same, wrong)), wrong
+    clock = line | dict(rtol=None, timed=True)
+    assert not list(differences({('a', 'b'): clock}, {('a', 'b'): clock | dict(ours=.5, holds=False)}))
+    for wrong in ({}, {('a', 'b'): clock | dict(timed=False)}, {('a', 'b'): clock | dict(unit='s')}, same): assert list(differences({('a', 'b'): clock}, wrong)), wrong
     assert apart(1., 1 + 1e-6, None, None)

@@ -217,14 +217,15 @@ def record(chapter: str,              # slug
            unit: str = '',
            holds: bool,               # whether the claim held here; computed, never typed
            rtol: float | None = None, # how far a fresh run may differ: relative …
-           atol: float | None = None, # … and absolute; at least one
+           atol: float | None = None, # … and absolute; at least one, unless
+           timed: bool = False,       # a clock measured it: a ratio of times, say. No fresh run is held to it, nor to whether it held
            note: str = '',
            long: bool = False) -> dict: # of a `#| slow` cell: kept in a file of its own, since an ordinary run leaves the cell out
     "A line of the scoreboard. Written to $VITBOOK_RECORDS (set by `vitbook run`), one file a chapter, in the folder `long` for longer runs; elsewhere only returned."
     ours = ours if isinstance(ours, int) and not isinstance(ours, bool) else float(f'{float(ours):.6g}')   # a count stays as it is
-    if rtol is None and atol is None: raise ValueError('record needs a tolerance: rtol or atol')
+    if timed == (rtol is not None or atol is not None): raise ValueError(f'record needs a tolerance, rtol or atol, or else timed=True; got rtol={rtol}, atol={atol}, timed={timed}')
     if not math.isfinite(ours): raise ValueError(f'ours must be finite, got {ours}')
-    line = dict(chapter=chapter, claim=claim, paper=paper, ours=ours, unit=unit, holds=bool(holds), rtol=rtol, atol=atol, note=note)
+    line = dict(chapter=chapter, claim=claim, paper=paper, ours=ours, unit=unit, holds=bool(holds), rtol=rtol, atol=atol, timed=bool(timed), note=note)
     lines = _recorded.setdefault((chapter, long), [])
     lines[:] = [l for l in lines if l['claim'] != claim] + [line]
     if folder := os.environ.get('VITBOOK_RECORDS'):
@@ -233,5 +234,6 @@ def record(chapter: str,              # slug
 
 # %% ../nbs/00_foundations/13_measuring.ipynb #27923747
 def agrees(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    "Whether a fresh record gives an old one again, within the tolerance that the old one states."
+    "Whether a fresh record gives an old one again, within the tolerance that the old one states. What a clock measured need not come out again."
+    if old['timed'] or new['timed']: return old['timed'] == new['timed']
     return old['holds'] == new['holds'] and abs(old['ours'] - new['ours']) <= (old['atol'] or 0) + (old['rtol'] or 0) * abs(old['ours'])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pair', 'check_divisible', 'patchify', 'PatchEmbed', 'unpatchify']
 
-# %% ../../nbs/00_foundations/01_patches.ipynb #145d7b9d
+# %% ../../nbs/00_foundations/01_patches.ipynb #23ece50a
 from numbers import Integral
 from einops import rearrange
 from jaxtyping import Float
