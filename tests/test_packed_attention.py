@@ -1,4 +1,6 @@
 """Packed attention: every backend against the loop by the equation, over all kinds of packs; gradients, dtypes, bad input."""
+import sys
+
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -93,6 +95,13 @@ def test_what_is_refused_and_why(unchecked):
     with pytest.raises(ValueError, match='varlen.*CUDA|varlen.*torch'): packed_attention(q, k, v, ends, backend='varlen')
     with pytest.raises(ValueError, match='flex.*(gradient|compiler|FlexAttention|width)'): packed_attention(q.requires_grad_(), k, v, ends, backend='flex')
     for name in P.BACKENDS: assert refusal(name) is None or len(refusal(name)) > 10
+
+
+def test_an_older_torch_is_told_what_it_lacks(monkeypatch):
+    for module in ('flex_attention', 'varlen'): monkeypatch.setitem(sys.modules, f'torch.nn.attention.{module}', None)      # as if it were not there
+    assert 'has no varlen_attn' in refusal('varlen', 'cuda', torch.bfloat16) and 'has no FlexAttention' in refusal('flex')
+    q, k, v, ends = pack([5, 3])
+    assert packed_attention(q, k, v, ends).shape == v.shape[:1] + (q.shape[1], v.shape[2])
 
 
 def test_the_plan():

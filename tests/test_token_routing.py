@@ -428,12 +428,13 @@ def create_model_meta(name):
 @KINDS
 def test_training_gates_are_hard_and_have_gradients(kind):
     model, x = router(kind, gate_bias=0.).train(), images(6)
-    torch.manual_seed(1)
-    logits, r = model(x, return_routing=True)
-    for line in (*r.row, *r.col):
-        for g in line: assert ((g == 0) | (g == 1)).all()
-    assert any(0 < g.mean() < 1 for line in r.row for g in line)
-    F.cross_entropy(logits, torch.tensor([0, 1, 2, 3, 4, 0])).backward()
+    for seed in range(4):                                                  # in one draw a gate may happen to have nothing but shut tokens before it
+        torch.manual_seed(seed)
+        logits, r = model(x, return_routing=True)
+        for line in (*r.row, *r.col):
+            for g in line: assert ((g == 0) | (g == 1)).all()
+        assert any(0 < g.mean() < 1 for line in r.row for g in line)
+        F.cross_entropy(logits, torch.tensor([0, 1, 2, 3, 4, 0])).backward()
     for g in model.gates(): assert g.weight.grad.abs().max() > 0 and g.weight.grad.isfinite().all()
 
 

@@ -164,14 +164,14 @@ def refusal(backend: str,
     "The one place that knows what a backend can do."
     if backend not in BACKENDS: raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == 'flex':
-        try: import torch.nn.attention.flex_attention  # noqa: F401
+        try: from torch.nn.attention.flex_attention import flex_attention  # noqa: F401
         except ImportError: return f'torch {torch.__version__} has no FlexAttention (2.5 and later do)'
         import shutil
         if device == 'cpu' and grad: return 'it has no gradient on the CPU'
         if device == 'cpu' and not (shutil.which('g++') or shutil.which('clang++') or shutil.which('cl')): return 'compiling it needs a C++ compiler'
         if not same_width: return 'it wants keys and values of one width'
     if backend == 'varlen':
-        try: import torch.nn.attention.varlen  # noqa: F401
+        try: from torch.nn.attention.varlen import varlen_attn  # noqa: F401
         except ImportError: return f'torch {torch.__version__} has no varlen_attn (2.10 and later do)'
         if device != 'cuda': return f'it runs on CUDA, not on {device}'
         if dtype not in (torch.float16, torch.bfloat16): return f'it wants float16 or bfloat16, not {dtype}'

@@ -31,7 +31,7 @@ def first_slots(inds: Int[Tensor, '*s'], # any table of sets
                 n: int,                  # number of tokens
                ) -> Int[Tensor, 'n']:
     "For each token the first place in the flattened table that holds it. ValueError if a token is in no set, or an index is none of the n tokens."
-    flat = inds.flatten()
+    flat = inds.flatten().long()                                                # scatter_reduce of older torch takes int64 only
     if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < n: raise ValueError(f'inds must lie in 0 … {n - 1}, got {int(flat.min())} … {int(flat.max())}')
     places = torch.arange(flat.numel(), device=flat.device)
     found = places.new_full((n,), flat.numel()).scatter_reduce(0, flat, places, 'amin')
