@@ -142,7 +142,7 @@ def _doctor(a):
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     facts = {'vitbook': _version('vitbook') or 'not installed, imported from a folder', 'checkout': checkout,
              'python': f'{platform.python_version()} on {platform.system()} {platform.machine()}',
-             **{name: _version(name) or 'missing' for name in ('torch', 'numpy', 'einops', 'jaxtyping', 'safetensors')},
+             'torch': torch.__version__, **{name: _version(name) or 'missing' for name in ('numpy', 'einops', 'jaxtyping', 'safetensors')},
              'cores': os.cpu_count(), 'threads of torch': torch.get_num_threads(),
              'cuda': ', '.join(cuda) or ('no device' if torch.version.cuda else 'this PyTorch is built without it'),
              'mps': 'yes' if torch.backends.mps.is_available() else 'no'}
