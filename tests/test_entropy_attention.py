@@ -181,10 +181,14 @@ def test_entropy_alone():
 
 
 def test_under_autocast():
+    "What comes in is lowered once, as by torch's own attention; inside, sums stay in float32."
     q, k, v, _, _ = inputs()
+    want = E.naive_entropy_attention(*(x.detach().bfloat16().double() for x in (q, k, v)))
     for way in ('blockwise', 'twice'):
         with torch.autocast('cpu', torch.bfloat16): got = E.entropy_attention(q, k, v, backend=way)
-        agree(got, E.naive_entropy_attention(*(x.double() for x in (q, k, v))), 1e-5)
+        assert got.out.dtype == torch.bfloat16 and got.entropy.dtype == got.lse.dtype == torch.float32
+        for x, y in zip(got[1:], want[1:]): assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
+        assert_close(got.out.double(), want.out, rtol=1e-2, atol=1e-2)
 
 
 @pytest.mark.parametrize('way', ['blockwise', 'twice'])
@@ -314,6 +318,21 @@ def test_tf32_only_where_torch_allows_it():
             torch.set_float32_matmul_precision(setting)
             assert T._precision(torch.float32) == want
     finally: torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize('backend', ['auto', *E.BACKENDS])
+def test_autocast_lowers_what_comes_in(backend):
+    if backend != 'auto' and E.refusal(backend): pytest.skip(E.refusal(backend))
+    q, k, v, _, M = inputs(n=9, m=13, g=1, mask=(1, 1, 9, 13))
+    low = [x.detach().bfloat16() for x in (q, k, v)]
+    want, alone = E.entropy_attention(*low, mask=M, backend=backend), E.attention_entropy(*low[:2], mask=M, backend=backend)
+    with torch.autocast('cpu', torch.bfloat16):
+        got = E.entropy_attention(q, k, low[2], mask=M, backend=backend)
+        assert_close(E.attention_entropy(q, low[1], mask=M, backend=backend), alone)
+        assert E.explain(q, k, low[2], mask=M) == E.explain(*low, mask=M)
+    assert got.out.dtype == torch.bfloat16
+    for x, y in zip(got, want): assert_close(x, y, rtol=2e-2, atol=1e-2)
+    with pytest.raises(ValueError, match='one floating dtype'): E.entropy_attention(q, k, low[2], backend=backend)
 
 
 ahead_of_time = pytest.mark.skipif(not hasattr(triton, 'knobs'), reason='compiling for a GPU that is not there needs Triton 3.4')

@@ -250,6 +250,28 @@ def test_the_module_is_its_parts(b, n, h, d):
     assert_close(module(x), module.proj(by_hand(q, k, v)[0].transpose(1, 2).flatten(2)))
 
 
+@pytest.mark.parametrize('backend', ['auto', 'naive', 'sdpa', 'blockwise', 'twice'])
+def test_under_autocast_all_backends_are_lowered_alike(backend):
+    "Normalised queries and keys leave a LayerNorm in float32, values stay in autocast's dtype: all three become that of autocast, as in torch's own attention."
+    if backend not in ('auto', 'naive', 'sdpa') and refusal(backend): pytest.skip(refusal(backend))
+    q, k, v = (seeded(2, 3, 9, 16, seed=i, dtype=torch.float32).requires_grad_() for i in range(3))
+    with torch.autocast('cpu', torch.bfloat16):
+        want = F.scaled_dot_product_attention(q, k, v.bfloat16())
+        out, _, H = attention(q, k, v.bfloat16(), backend=backend, return_entropy=True)
+    assert out.dtype == want.dtype == torch.bfloat16 and H.dtype == torch.float32
+    assert_close(out, want, atol=1e-2, rtol=2e-2)
+    low = [x.detach().bfloat16().double() for x in (q, k)]
+    assert_close(H.double(), entropy(low[0] @ low[1].mT / 4), atol=2e-2 if backend == 'naive' else 1e-5, rtol=0)    # of the numbers it computed with; the naive form's scores are rounded too
+    grads = torch.autograd.grad(out.float().square().sum() + H.sum(), (q, k, v))
+    assert all(g.dtype == torch.float32 and g.isfinite().all() and g.abs().max() > 0 for g in grads)
+    wide = [x.detach().double() for x in (q, k, v)]
+    with torch.autocast('cpu', torch.bfloat16): assert attention(*wide, backend=backend).dtype == torch.float64          # float64 stays
+
+    vit_like = Attention(48, 3, qk_norm=True)
+    vit_like.backend = backend
+    with torch.autocast('cpu', torch.bfloat16): assert vit_like(seeded(2, 5, 48, dtype=torch.float32)).dtype == torch.bfloat16
+
+
 def test_attention_does_not_know_the_order():
     "Tokens in another order give the same outputs in that order; a causal mask breaks it."
     module, x, order = Attention(12, 3).double(), seeded(2, 9, 12), torch.randperm(9)
@@ -354,6 +376,7 @@ def test_block(position):
     ('backend', lambda: attention(*[torch.zeros(1, 2, 5, 4)] * 3, backend='fastest')),
     ('backend', lambda: attention(*[torch.zeros(1, 2, 5, 4)] * 3, backend='sdpa', return_weights=True)),
     ('q, k, v', lambda: attention(torch.zeros(1, 2, 5, 4), torch.zeros(1, 2, 5, 3), torch.zeros(1, 2, 5, 4))),
+    ('q, k, v', lambda: attention(*[torch.zeros(1, 2, 5, 4)] * 2, torch.zeros(1, 2, 5, 4).bfloat16())), ('q, k, v', lambda: attention(*[torch.zeros(2, 5, 4)] * 3)), ('q, k, v', lambda: attention(*[torch.zeros(1, 2, 5, 4).int()] * 3)),
     ('head_dim', lambda: rope_2d(2, 2, 6)), ('dim', lambda: sincos_2d(2, 2, 6)), ('dim', lambda: sincos_1d(2, 3)),
     ('pos', lambda: resize_position(torch.zeros(1, 6, 4), 2, 3)),
     ('kernel_size', lambda: DepthwiseConv2d(3, 4)),

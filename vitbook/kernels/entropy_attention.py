@@ -254,7 +254,13 @@ def choose(device: str = 'cpu', dtype: torch.dtype = torch.float32, *,
     if why := refusal(best, device, dtype, **given): return 'blockwise', f'{best} cannot: {why}'
     return best, 'one call of a fused kernel, in O(n) memory'
 
-# %% ../../nbs/10_fast_paths/01_entropy_attention.ipynb #8bcc16a8
+# %% ../../nbs/10_fast_paths/01_entropy_attention.ipynb #c45df172
+def _lowered(*tensors):
+    "Under autocast, the numbers that torch's own attention would compute with: float64 stays, other floats become autocast's."
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device): return tensors
+    return tuple(x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
+
 def _check(q, k, v, bias, mask):
     if not (q.dim() == k.dim() == v.dim() == 4) or q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
         raise ValueError(f'q, k, v must be (b h n d), (b g m d), (b g m e), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}')
@@ -296,8 +302,9 @@ def entropy_attention(q: Float[Tensor, 'b h n d'],
                      ) -> Measured:                                   # out, entropy (nats), log-sum-exp
     """Softmax attention that also gives the entropy and the log-sum-exp of every query's weights; gradients flow through all three. A query that may look at nothing gives 0, 0, -inf.
 
-    ValueError if shapes do not fit, or if `backend` cannot do what is asked; a warning, once, where 'auto' finds nothing fast on a GPU.
+    ValueError if shapes do not fit, or if `backend` cannot do what is asked; a warning, once, where 'auto' finds nothing fast on a GPU. Under autocast q, k and v are lowered as torch's own attention lowers them.
     Source: arXiv:1706.03762, eq. 1; entropy of arXiv:2303.06296, sec. 3; one pass as in arXiv:1805.02867 and arXiv:2205.14135."""
+    q, k, v = _lowered(q, k, v)
     _check(q, k, v, bias, mask)
     backend = _backend(backend, q.device.type, q.dtype, _given(q, k, v, bias, causal))
     if not q.numel() or not k.shape[2]: backend = 'blockwise'                        # nothing to compute
@@ -318,6 +325,7 @@ def attention_entropy(q: Float[Tensor, 'b h n d'],
                       backend: str = 'auto',
                      ) -> Float[Tensor, 'b h n']:
     "The entropy alone (nats), for a probe: no values are needed, and none are read. Errors as in `entropy_attention`."
+    q, k = _lowered(q, k)
     _check(q, k, k, bias, mask)
     backend = _backend(backend, q.device.type, q.dtype, _given(q, k, k, bias, causal), alone=True)
     if backend == 'twice' and q.numel() and k.shape[2]:            # one of the two calls is enough
@@ -328,6 +336,7 @@ def attention_entropy(q: Float[Tensor, 'b h n d'],
 def explain(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g m d'], v: Float[Tensor, 'b g m e'], *,
             bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None, causal: bool = False) -> str:
     "Which backend `entropy_attention` takes for these arguments, why, and what stands in the way of the others."
+    q, k, v = _lowered(q, k, v)
     _check(q, k, v, bias, mask)
     given = _given(q, k, v, bias, causal)
     name, why = choose(q.device.type, q.dtype, **given)

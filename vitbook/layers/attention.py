@@ -172,18 +172,6 @@ def _wanted(q, k, v, bias, mask, causal, dropout_p, return_weights, return_entro
                 head_dim_differs=v.shape[-1] != k.shape[-1], uneven=causal and q.shape[2] != k.shape[2], width=max(k.shape[-1], v.shape[-1]), dtype=q.dtype,
                 grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias)))
 
-def _check(q, k, v, bias, mask):
-    if q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[-1] != k.shape[-1]:
-        raise ValueError(f'q, k, v must be (b h n d), (b g m d), (b g m e), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}')
-    if q.shape[1] % k.shape[1]: raise ValueError(f'the {q.shape[1]} heads of q must be a multiple of the {k.shape[1]} heads of k and v')
-    full = (*q.shape[:3], k.shape[2])
-    for name, x in dict(bias=bias, mask=mask).items():
-        if x is None: continue
-        try: fits = torch.broadcast_shapes(x.shape, full) == full
-        except RuntimeError: fits = False
-        if not fits: raise ValueError(f'{name} must broadcast to (b h n m) = {full}, got {tuple(x.shape)}')
-    if mask is not None and mask.dtype != torch.bool: raise ValueError(f'mask must be of dtype bool (True = may look), got {mask.dtype}; numbers to add to the scores go into bias')
-
 # %% ../../nbs/00_foundations/03_attention.ipynb #53c70040
 def attention(q: Float[Tensor, 'b h n d'],
               k: Float[Tensor, 'b g m d'],                    # g divides h: each key head serves h/g query heads
@@ -200,11 +188,13 @@ def attention(q: Float[Tensor, 'b h n d'],
              ) -> Float[Tensor, 'b h n e'] | Attended:        # Attended if weights or entropy were asked for
     """Softmax attention by whichever way fits; a query that may look at nothing gives zeros.
 
-    ValueError if shapes do not fit, or if `backend` cannot do what is asked (nothing is swapped behind your back). Source: arXiv:1706.03762, eq. 1."""
+    ValueError if shapes do not fit, or if `backend` cannot do what is asked (nothing is swapped behind your back). Under autocast q, k and v are lowered as torch's own attention lowers them.
+    Source: arXiv:1706.03762, eq. 1."""
     if has_torch_function((q, k, v)):   # so that a probe (see.recording) can watch every call of any model
         return handle_torch_function(attention, (q, k, v), q, k, v, bias=bias, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p,
                                      backend=backend, return_weights=return_weights, return_entropy=return_entropy)
-    _check(q, k, v, bias, mask)
+    q, k, v = kernels._lowered(q, k, v)
+    kernels._check(q, k, v, bias, mask)
     wanted = _wanted(q, k, v, bias, mask, causal, dropout_p, return_weights, return_entropy)
     asked = backend
     if backend == 'auto': backend, _ = choose(q.device.type, **wanted)
@@ -228,7 +218,8 @@ def explain(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g m d'], v: Float[T
             bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None, causal: bool = False, dropout_p: float = 0.,
             return_weights: bool = False, return_entropy: bool = False) -> str:
     "Which backend `attention` takes for these arguments, why, and why not the others."
-    _check(q, k, v, bias, mask)
+    q, k, v = kernels._lowered(q, k, v)
+    kernels._check(q, k, v, bias, mask)
     wanted = _wanted(q, k, v, bias, mask, causal, dropout_p, return_weights, return_entropy)
     name, why = choose(q.device.type, **wanted)
     others = [f'{other}: {refusal(other, q.device.type, **wanted) or "could serve it too"}' for other in BACKENDS if other != name]
