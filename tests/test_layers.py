@@ -251,7 +251,7 @@ def test_the_module_is_its_parts(b, n, h, d):
 
 
 @pytest.mark.parametrize('backend', ['auto', 'naive', 'sdpa', 'blockwise', 'twice'])
-def test_under_autocast_all_backends_are_lowered_alike(backend):
+def test_under_autocast_all_backends_are_lowered_alike(backend, unchecked):
     "Normalised queries and keys leave a LayerNorm in float32, values stay in autocast's dtype: all three become that of autocast, as in torch's own attention."
     if backend not in ('auto', 'naive', 'sdpa') and refusal(backend): pytest.skip(refusal(backend))
     q, k, v = (seeded(2, 3, 9, 16, seed=i, dtype=torch.float32).requires_grad_() for i in range(3))
@@ -269,7 +269,11 @@ def test_under_autocast_all_backends_are_lowered_alike(backend):
 
     vit_like = Attention(48, 3, qk_norm=True)
     vit_like.backend = backend
-    with torch.autocast('cpu', torch.bfloat16): assert vit_like(seeded(2, 5, 48, dtype=torch.float32)).dtype == torch.bfloat16
+    torch._dynamo.reset()
+    compiled = torch.compile(vit_like, backend='aot_eager', fullgraph=backend in ('auto', 'naive', 'sdpa'))                # no break of the graph, on or off (of the other two's, older torch cannot trace the test's import hook)
+    for model in (vit_like, compiled):
+        with torch.autocast('cpu', torch.bfloat16): assert model(seeded(2, 5, 48, dtype=torch.float32)).dtype == torch.bfloat16
+        assert model(seeded(2, 5, 48, dtype=torch.float32)).dtype == torch.float32
 
 
 def test_attention_does_not_know_the_order():

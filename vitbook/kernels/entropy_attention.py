@@ -258,7 +258,7 @@ def choose(device: str = 'cpu', dtype: torch.dtype = torch.float32, *,
 def _lowered(*tensors):
     "Under autocast, the numbers that torch's own attention would compute with: float64 stays, other floats become autocast's."
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device): return tensors
+    if device == 'meta' or not torch.is_autocast_enabled(device): return tensors
     return tuple(x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
 def _check(q, k, v, bias, mask):
