@@ -134,3 +134,19 @@ def test_recording_our_own(training):
         assert_close(w.sum(-1), torch.ones(2, 3, 17))
         assert_close(h, -(w * w.clamp(min=1e-30).log()).sum(-1), atol=1e-5, rtol=1e-5)
         assert not w.requires_grad
+
+
+def test_recording_under_autocast():
+    "Weights and entropies in float32, of the very numbers that are multiplied, with or without keeping the weights."
+    from vitbook import see
+    from vitbook.layers.attention import Attention
+    torch.manual_seed(0)
+    model, x = Attention(48, 3, qk_norm=True), torch.randn(2, 9, 48)
+    with torch.no_grad(): model.q_norm.weight.mul_(4)
+    with torch.autocast('cpu', torch.bfloat16):
+        plain = model(x)
+        with see.recording(model) as full: watched = model(x)
+        with see.recording(model, weights=False) as short: model(x)
+    assert torch.equal(plain, watched) and full.weights[0].dtype == full.entropy[0].dtype == short.entropy[0].dtype == torch.float32
+    assert_close(full.weights[0].sum(-1), torch.ones(2, 3, 9), atol=1e-6, rtol=0)
+    assert_close(full.entropy[0], short.entropy[0], atol=1e-5, rtol=1e-5)

@@ -6,9 +6,10 @@
 __all__ = ['COLORS', 'CMAP', 'DIVERGING', 'STYLE', 'picture', 'figure', 'lines', 'heat', 'strip', 'recording', 'on_picture',
            'heads', 'entropy_trace', 'rollout', 'token_mask', 'Table', 'table', 'Page', 'player', 'slider']
 
-# %% ../nbs/00_foundations/12_seeing.ipynb #2be63d11
+# %% ../nbs/00_foundations/12_seeing.ipynb #abd71066
 import html, math, os, re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from .kernels.entropy_attention import attention_entropy
+from .kernels.entropy_attention import _lowered, attention_entropy
 from .layers.attention import attention, attention_scores, masked_softmax
 
 # %% ../nbs/00_foundations/12_seeing.ipynb #6800a235
@@ -153,8 +154,8 @@ class recording(TorchFunctionMode):
     def _from_qkv(self, q, k, v, bias=None, mask=None, causal=False, scale=None):
         if not self.keep_weights: return None, attention_entropy(q.detach(), k.detach(), bias=bias, mask=mask, causal=causal, scale=scale)
         if k.shape[1] != q.shape[1]: k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        q, k = q.detach().float(), k.detach().float()
-        w = masked_softmax(attention_scores(q, k, bias=bias, mask=mask, causal=causal, scale=scale))
+        q, k = (x.float() for x in _lowered(q.detach(), k.detach()))               # the numbers the model computes with, and no rounding after them
+        with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False): w = masked_softmax(attention_scores(q, k, bias=bias, mask=mask, causal=causal, scale=scale))
         return w, torch.special.entr(w).sum(-1)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
