@@ -7,7 +7,7 @@ import pytest
 from nbformat import v4
 
 from tools import ROOT, run
-from vitbook.book import BookError, canonical, chapter_inputs, choose, directives, find_chapters, library_inputs, loads_elsewhere, run_book, to_mathml, write_whole
+from vitbook.book import BookError, canonical, choose, directives, find_chapters, loads_elsewhere, outputs_hash, source_hash, unvouched, run_book, to_mathml, write_whole
 from vitbook.cli import main
 
 VITBOOK = [sys.executable, '-c', 'import sys; from vitbook.cli import main; sys.exit(main())']
@@ -77,25 +77,12 @@ def test_inputs():
         for c in nb.cells:
             if c.cell_type == 'code': c.outputs = [v4.new_output('stream', text=t) for t in outputs]
         return nb
-    base = chapter_inputs(nb('md:# a\n\n| run time | - |', 'x = 1'), 'lib')
-    assert base == chapter_inputs(nb('md:# a\n\n| run time | 9 s on one CPU core |', 'x = 1', outputs=['old']), 'lib'), 'what a run writes is not an input'
-    for other in (chapter_inputs(nb('md:# b\n\n| run time | - |', 'x = 1'), 'lib'), chapter_inputs(nb('md:# a\n\n| run time | - |', 'x = 2'), 'lib'),
-                  chapter_inputs(nb('md:# a\n\n| run time | - |', 'x = 1'), 'other'), chapter_inputs(nb('md:# a\n\n| run time | - |', 'x = 1'), 'lib', 'cuda'),
-                  chapter_inputs(nb('md:# a\n\n| run time | - |', 'md:x = 1'), 'lib')): assert other != base
-    assert chapter_inputs(nb('#| slow\nx', outputs=['1']), 'lib') != chapter_inputs(nb('#| slow\nx', outputs=['2']), 'lib'), 'saved outputs of a skipped cell are on the page'
-
-
-def test_library_inputs(root):
-    seen = {library_inputs(root)}
-    for path in ('vitbook/lib.py', 'vitbook/sub/new.py', 'data/file.txt', 'data/files/new.bin'):
-        (root/path).parent.mkdir(exist_ok=True)
-        (root/path).write_text('changed')
-        seen.add(library_inputs(root))
-    assert len(seen) == 5
-    for path in ('data/scoreboard/a.json', 'data/downloads/b', 'vitbook/__pycache__/c.py', 'README.md'):
-        (root/path).parent.mkdir(exist_ok=True)
-        (root/path).write_text('x')
-    assert {library_inputs(root)} < seen
+    base = source_hash(nb('md:# a\n\n| run time | - |', 'x = 1'))
+    assert base == source_hash(nb('md:# a\n\n| run time | 9 s on one CPU core |', 'x = 1', outputs=['old'])), 'what a run writes is not an input'
+    for other in (source_hash(nb('md:# b\n\n| run time | - |', 'x = 1')), source_hash(nb('md:# a\n\n| run time | - |', 'x = 2')),
+                  source_hash(nb('md:# a\n\n| run time | - |', 'x = 1'), 'cuda'), source_hash(nb('md:# a\n\n| run time | - |', 'md:x = 1'))): assert other != base
+    assert source_hash(nb('#| slow\nx', outputs=['1'])) != source_hash(nb('#| slow\nx', outputs=['2'])), 'saved outputs of a skipped cell are on the page'
+    assert outputs_hash(nb('x', outputs=['1'])) != outputs_hash(nb('x', outputs=['2'])) and outputs_hash(nb('x')) == outputs_hash(nb('y'))
 
 
 def test_unchanged_is_skipped(root):
@@ -104,11 +91,14 @@ def test_unchanged_is_skipped(root):
     r = go(root)['a']
     assert r.status == 'ran' and 0 < r.seconds < 60 and 10 < r.peak_mb < 1000
     made = (root/'_book'/'p'/'01_a.html').stat().st_mtime_ns
+    state = (root/'_book'/'.state'/'p'/'a.json').read_text()
     again = go(root)['a']
     assert (again.status, again.seconds, count()) == ('unchanged', r.seconds, 1) and (root/'_book'/'p'/'01_a.html').stat().st_mtime_ns == made
     assert go(root, fresh=True)['a'].status == 'ran' and count() == 2
     (root/'vitbook'/'lib.py').write_text('x = 2\n')
-    assert go(root)['a'].status == 'ran' and count() == 3
+    assert go(root)['a'].status == 'unchanged', 'it did not import the module'
+    (root/'_book'/'.state'/'p'/'a.json').write_text(state.replace('"maker": "', '"maker": "0'))
+    assert go(root)['a'].status == 'ran' and count() == 3, 'pages are made by another program'
     (root/'_book'/'p'/'01_a.html').unlink()
     assert go(root)['a'].status == 'ran' and count() == 4
     (root/'_book'/'.state'/'p'/'a.json').write_text('{"status": "ra')
@@ -129,7 +119,7 @@ def test_a_failing_chapter_stops_no_other(root, capsys):
         text = page(root, f'p/{name}.html')
         assert 'did not run to its end' in text and all(s in text for s in say) and text.endswith('</html>\n')
     index = page(root, 'index.html')
-    assert index.count('>failed<') == 3 and index.count('>ran<') == 2 and 'href="p/01_b.html"' in index
+    assert index.count('>failed<') == 3 and index.count('>ran here<') == 2 and 'href="p/01_b.html"' in index
     notebook(root/'nbs'/'p'/'01_b.ipynb', 'print("mended")')
     assert main(['run', 'a', 'b', '--root', str(root)]) == 0
     assert 'mended' in page(root, 'p/01_b.html') and re.search(r'p/a +unchanged', capsys.readouterr().out)
@@ -167,7 +157,7 @@ def test_killed_and_resumed(root, how):
     while alive(kernel) and time.time() < deadline: time.sleep(.05)
     assert not alive(kernel), 'the kernel outlived the run'
     assert page(root, 'p/a.html').rstrip().endswith('</html>') and not (root/'_book'/'p'/'b.html').exists() and not (root/'_book'/'p'/'c.html').exists()
-    assert page(root, 'index.html').count('>ran<') == 1
+    assert page(root, 'index.html').count('>ran here<') == 1
     (root/'go').touch()
     assert {k: r.status for k, r in go(root).items()} == dict(a='unchanged', b='ran', c='ran') and not leftovers(root)
 

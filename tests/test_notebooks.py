@@ -1,9 +1,12 @@
-"""Every notebook runs from a fresh kernel, two at a time, with the network closed, in little more than the 90 s its head may say; the scoreboard's committed figures come out again."""
-import ast, html, json, math, re, shutil, sys
+"""The book as a whole: what the lock does not vouch for runs from a fresh kernel, and a sample of the rest, drawn by the commit; records and outputs come out again.
+
+`--all` runs every notebook. The network is closed, two run at a time, in a copy of the repository."""
+import ast, difflib, html, json, math, re, shutil, sys
 
 import pytest
 
-from tools import ROOT, notebooks, run
+from plan import BUDGET, SAMPLE, Plan
+from tools import ROOT, copy_of_repo, notebooks, run
 from vitbook.measure import agrees
 
 pytestmark = pytest.mark.book
@@ -12,23 +15,36 @@ RUN = [sys.executable, '-c', 'import sys; from vitbook.cli import main; sys.exit
 
 
 @pytest.fixture(scope='module')
-def book(tmp_path_factory):
-    "One run of the whole book into an empty folder; what it printed and where it wrote."
-    out = tmp_path_factory.mktemp('book')
-    done = run(*RUN, 'all', '--jobs', '2', '--fresh', '--root', ROOT, '--out', out, timeout=3600, check=False)
+def plan(request): return Plan(everything=request.config.getoption('--all'))
+
+
+@pytest.fixture(scope='module')
+def book(tmp_path_factory, plan):
+    "A copy of the repository in which the notebooks of the plan were run in place; where it is, and what the run said."
+    root = copy_of_repo(tmp_path_factory.mktemp('book')/'copy')
+    for slug in plan.slugs: (root/'data'/'scoreboard'/f'{slug}.json').unlink(missing_ok=True)     # what is not recorded again is missed
+    if not plan.todo: return root, None
+    done = run(*RUN, *plan.todo, '--jobs', '2', '--fresh', '--inplace', '--no-tests', '--root', root, timeout=4500, check=False, PYTHONPATH=f'{root}:{ROOT/"tests"/"offline"}')
     print(done.stdout, done.stderr)
-    return out, done
+    return root, done
 
 
-def state(out, notebook): return json.loads((out/'.state'/notebook.part/f'{notebook.slug}.json').read_text(encoding='utf-8'))
+def state(root, notebook): return json.loads((root/'_book'/'.state'/notebook.part/f'{notebook.slug}.json').read_text(encoding='utf-8'))
+
+
+def test_what_is_stale_fits_into_the_budget(plan):
+    "A check may take so long and no longer: whoever changes more runs it in place and commits what came out."
+    assert plan.stale_seconds <= BUDGET or plan.everything, (f'{len(plan.stale)} notebooks are stale and would take {plan.stale_seconds:.0f} s of a core; {BUDGET} are allowed. '
+                                          f'Run them and commit the results: vitbook run {" ".join(plan.stale)} --inplace\n' + '\n'.join(f'{k}: {v}' for k, v in plan.stale.items()))
 
 
 @pytest.mark.parametrize('notebook', notebooks(), ids=lambda notebook: notebook.name)
-def test_notebook_runs(book, notebook):
-    out, done = book
-    assert (out/'.state'/notebook.part/f'{notebook.slug}.json').is_file(), f'{notebook.name} was not run:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}'
-    last = state(out, notebook)
-    assert last['status'] == 'ran', f"{notebook.name} {last['status']}: {last['error']}\n{text_of_page(out/last['page'])}"
+def test_notebook_runs(book, plan, notebook):
+    if plan.label(notebook) not in plan.todo: pytest.skip('the lock vouches for it, and it was not drawn')
+    root, done = book
+    assert (root/'_book'/'.state'/notebook.part/f'{notebook.slug}.json').is_file(), f'{notebook.name} was not run:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}'
+    last = state(root, notebook)
+    assert last['status'] == 'ran', f"{notebook.name} {last['status']}: {last['error']}\n{text_of_page(root/'_book'/last['page'])}"
     took = last.get('cpu_seconds') or last['seconds']      # seconds of the core; what a notebook waited for its neighbours is not its own
     assert took <= 1.5 * SECONDS, f"{notebook.name} took {took} s of one core; {SECONDS} are allowed where it was written (test_chapters), and half as much again elsewhere"
 
@@ -38,18 +54,57 @@ def text_of_page(path):
     return html.unescape(re.sub(r'<[^>]+>', '', path.read_text(encoding='utf-8')))[-3000:] if path.is_file() else ''
 
 
-def test_exit_status_and_pages(book):
-    out, done = book
+def test_exit_status_and_pages(book, plan):
+    root, done = book
+    if done is None: return
     assert done.returncode == 0, f'{done.stdout[-3000:]}\n{done.stderr[-3000:]}'
-    index = (out/'index.html').read_text(encoding='utf-8')
-    for notebook in notebooks(): assert f"href=\"{state(out, notebook)['page']}\"" in index and (out/state(out, notebook)['page']).is_file()
-    assert not list(out.rglob('*.tmp')), 'half a page was left'
+    index = (root/'_book'/'index.html').read_text(encoding='utf-8')
+    for notebook in notebooks():
+        if plan.label(notebook) in plan.todo: assert f"href=\"{state(root, notebook)['page']}\"" in index and (root/'_book'/state(root, notebook)['page']).is_file()
+    assert not list(root.rglob('*.tmp')), 'half a page was left'
 
 
 def test_pages_load_nothing_from_another_host(book):
     from test_site import loaded
-    out, _ = book
-    for page in out.rglob('*.html'): assert not loaded(page.read_text(encoding='utf-8')), page.relative_to(out)
+    root, _ = book
+    for page in (root/'_book').rglob('*.html'): assert not loaded(page.read_text(encoding='utf-8')), page.relative_to(root)
+
+
+# ---- saved outputs
+
+NUMBER = re.compile(r'[-+]?\d[\d,]*\.?\d*(?:e[-+]?\d+)?%?|\binf\b|\bnan\b')
+
+
+def shape_of(cell):
+    "What of a cell's outputs does not hang on a clock or a last bit: kinds, and words with the numbers taken out."
+    for output in cell['outputs']:
+        data = output.get('data', {'stream': output.get('text', '')})
+        yield sorted(data)
+        yield re.sub(r'[\s|:─-]+', ' ', NUMBER.sub('#', ''.join(data.get('text/markdown', data.get('text/plain', data.get('stream', ''))))))
+
+
+def unlike(old, new):
+    "Cells of two notebooks, or of two runs of one, whose outputs are not of the same shape."
+    pairs = [(a, b) for a, b in zip(old, new) if a['cell_type'] == 'code']
+    return [i for i, (a, b) in enumerate(pairs) if difflib.SequenceMatcher(None, str(list(shape_of(a))), str(list(shape_of(b))), autojunk=False).ratio() < .9]
+
+
+@pytest.mark.parametrize('notebook', notebooks(), ids=lambda notebook: notebook.name)
+def test_saved_outputs_come_out_again(book, plan, notebook):
+    "Whoever writes into the lock by hand that a notebook was run is found when it is drawn: kinds of outputs and words are those of a run."
+    if plan.label(notebook) not in plan.drawn: pytest.skip('not drawn')
+    fresh = json.loads((book[0]/'nbs'/notebook.name).read_text(encoding='utf-8'))['cells']
+    for cell in fresh: cell['source'] = ''.join(cell['source'])
+    assert [c['source'] for c in fresh if c['cell_type'] == 'code'] == [c['source'] for c in notebook.code]
+    wrong = unlike(notebook.cells, fresh)
+    assert not wrong, f'{notebook.name}: code cells {wrong} give other outputs than the saved ones'
+
+
+def test_other_outputs_are_seen():
+    def cell(*texts): return dict(cell_type='code', outputs=[dict(output_type='stream', text=t) for t in texts])
+    assert not unlike([cell('took 3.2 s, loss 0.41')], [cell('took 11 s, loss 4.1e-1')]) and not unlike([cell()], [cell()])
+    for old, new in ((cell('trained'), cell('1/0')), (cell(), cell('more')), (cell('a'), cell('a', 'b')), (cell('x'), dict(cell_type='code', outputs=[dict(output_type='display_data', data={'image/png': 'x'})]))):
+        assert unlike([old], [new]) == [0]
 
 
 def test_the_network_is_closed_and_a_failure_is_seen(tmp_path):
@@ -113,7 +168,7 @@ def test_claims_are_found_in_programs():
 
 
 def test_the_scoreboard_comes_out_again(book):
-    committed, fresh = records(ROOT/'data'/'scoreboard'), records(book[0]/'records')
+    committed, fresh = records(ROOT/'data'/'scoreboard'), records(book[0]/'data'/'scoreboard')
     assert not list(differences(committed, fresh))
     slugs = {notebook.slug for notebook in notebooks()}
     long = records(ROOT/'data'/'scoreboard'/'long')                      # of cells that an ordinary run leaves out: their chapters and claims must still be there

@@ -46,7 +46,7 @@ def _give(a, rows, title=''): print(json.dumps(rows, indent=1, default=str)) if 
 
 # %% ../nbs/00_foundations/15_command_line.ipynb #3514f3c6
 def _run(a):
-    results = run_book(a.names, root=a.root, out=a.out, jobs=a.jobs, device=a.device, fresh=a.fresh, inplace=a.inplace, timeout=a.timeout, slow=a.slow)
+    results = run_book(a.names, root=a.root, out=a.out, jobs=a.jobs, device=a.device, fresh=a.fresh, inplace=a.inplace, timeout=a.timeout, slow=a.slow, tests=not a.no_tests)
     print()
     _show([{'chapter': r.chapter.label, 'status': r.status, 'seconds': None if r.seconds is None else f'{r.seconds:.1f}',
             'peak memory': f'{r.peak_mb:.0f} MB' if r.peak_mb else None, 'error': r.error} for r in results])
@@ -211,6 +211,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument('--device', default='cpu', metavar='NAME', help='cpu (default), cuda, mps or auto')
     c.add_argument('--fresh', action='store_true', help='run also what did not change since its last good run')
     c.add_argument('--slow', action='store_true', help='run the cells marked `#| slow` too: longer experiments, some on data that `vitbook data fetch` brings')
+    c.add_argument('--no-tests', action='store_true', help='with --inplace: leave the chapters\' own tests out; the lock is then not written')
     c.add_argument('--timeout', type=float, default=900, metavar='S', help='seconds a chapter may take (default: 900)')
     c.add_argument('--out', metavar='DIR', help='where the pages go (default: _book in the checkout)')
     c.add_argument('--root', metavar='DIR', help='the checkout (default: the one around the working folder)')
