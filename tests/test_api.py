@@ -72,7 +72,9 @@ def same(a, b, **tolerance):
 def loss(value): return sum(t.double().square().mean() + t.double().mean() for t in tensors(value))
 
 
-def doubled(given): return [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in given]
+def doubled(given):
+    "Inputs in float64, where a sort, a top-k or a threshold finds no two values as close as rounding is."
+    return [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in given]
 
 
 # ---- names and facts
@@ -183,15 +185,17 @@ def test_evaluation_repeats_and_batches_do_not_mix(name):
         out = model(*given)
         same(model(*given), out, atol=0, rtol=0)
         if name not in IMAGE: return
-        x, = doubled(given)                                             # where a sort or a top-k finds no two values as close as rounding is
+        x, = doubled(given)
         same(model.double()(x[:1]), [t[:1] for t in tensors(model(x))], atol=1e-9, rtol=1e-9)
 
 
 @every
 def test_training(name):
-    """In training mode the gradient reaches every parameter, and a step against it lowers the loss of the same batch by as much as it says.
+    """In training mode the gradient reaches every parameter, and a step against it lowers the loss as it says.
 
-    In float64 and a step so small that no sort, top-k or threshold falls otherwise: by those the loss leaps, further than a step of 1e-4 lowers it."""
+    The step is so small that no sort, top-k or threshold falls otherwise: there the loss leaps, and further than
+    a step of 1e-4 lowers it.
+    """
     model, given, step = build(name).train().double(), doubled(inputs(name)), 1e-9
     start = {key: value.clone() for key, value in model.named_buffers()}
 

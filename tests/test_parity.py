@@ -404,12 +404,16 @@ def fitv2(config, weights, inputs):
 
 
 # Six pairs of neighbours in the sorted rows of histoformer__tiny that rounding turned round in the official run,
-# closer than 1.4e-6 of their row's range: which of its 24 sorts -> (picture, channel, row of a map, place of the first).
-HISTOFORMER_TURNED = {2: [(0, 0, 844)], 19: [(0, 9, 22, 25)], 20: [(0, 1, 864), (0, 3, 636)], 23: [(0, 13, 167), (0, 20, 402)]}
+# closer than 1.4e-6 of the row's range: which of the 24 sorts -> (picture, channel, row of a map, place of the first)
+HISTOFORMER_TURNED = {2: [(0, 0, 844)], 19: [(0, 9, 22, 25)], 20: [(0, 1, 864), (0, 3, 636)],
+                      23: [(0, 13, 167), (0, 20, 402)]}
 
 
 def histoformer_orders(model, x, turned=HISTOFORMER_TURNED):
-    "The orders of exact arithmetic but for the pairs `turned`, and the output they give in float64, where no two values are close enough for a machine to matter."
+    """The orders of exact arithmetic but for the pairs `turned`, and the output they give.
+
+    Exact is float64, where no two values are close enough for a machine to matter.
+    """
     import copy
     from vitbook.restoration import histoformer as H
 
@@ -428,7 +432,9 @@ def histoformer_orders(model, x, turned=HISTOFORMER_TURNED):
 def histoformer(config, weights, inputs):
     """A whole Histoformer, one of its parts, told apart by the names of the weights, or the loss, which has none.
 
-    The whole gets the order of its sorts handed in: they turn a last bit into another order, so that even the official code, on one thread, is a tenth of the rms away from its sheet."""
+    The whole gets the order of its sorts handed in: they turn a last bit into another order, so that even the
+    official code, on one thread, is a tenth of the rms away from its sheet.
+    """
     from vitbook.restoration import histoformer as H
     x, bias = next(iter(inputs.values())), any(k.endswith('.bias') for k in weights)
     last = lambda y: dict.fromkeys(('y', 'out', 'output', 'x', 'restored'), y)
@@ -471,14 +477,15 @@ def test_every_builder_has_a_sheet():
 
 @torch.no_grad()
 def test_histoformer_is_exact_arithmetic_but_for_six_pairs():
-    "In float64 as well, on every machine; and the six are needed: with the orders of exact arithmetic the output is another."
+    "In float64 as well, on every machine; without the six turned round the output is another."
     from vitbook.restoration import histoformer as H
     sheet = SHEETS['histoformer__tiny']
     model, x = H.Histoformer.from_official(sheet.weights()).eval(), sheet.inputs()['x']
     orders, y = histoformer_orders(model, x)
     assert (len(orders), sum(o.numel() for o in orders)) == (24, 162_816)
     sheet.check(dict(y=y), 1e-5)
-    with pytest.raises(AssertionError, match='histoformer__tiny is off'): sheet.check(dict(y=histoformer_orders(model, x, {})[1]))
+    exact = histoformer_orders(model, x, {})[1]
+    with pytest.raises(AssertionError, match='histoformer__tiny is off'): sheet.check(dict(y=exact))
 
 
 @torch.no_grad()

@@ -374,11 +374,11 @@ class SortOrders(TorchFunctionMode):
         found = func(*args, **(kwargs or {}))
         if func not in (torch.sort, Tensor.sort): return found
         dim = (kwargs or {}).get('dim', args[1] if len(args) > 1 else -1)
-        if self.instead is not None: found = self.put_in(args[0], dim, *found)
+        if self.instead is not None: found = self._put_in(args[0], dim, *found)
         self.orders.append(found[1])
         return found
 
-    def put_in(self, x, dim, values, order):
+    def _put_in(self, x, dim, values, order):
         "The values of x in the order to take; they may be out of order by rounding and no more."
         which, order = len(self.orders), self.instead(len(self.orders), order).to(x.device)
         if order.shape != x.shape:
