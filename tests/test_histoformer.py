@@ -81,6 +81,42 @@ def test_stable_keeps_equal_values_in_order():
     assert s.rows.equal(torch.arange(40).view(1, 1, 40, 1).expand_as(x)) and H.unsort_map(*s).equal(x)
 
 
+def test_orders_are_kept_and_put_in():
+    "Of every torch sort, however it is called; an order that does not sort the values it meets is refused."
+    x = torch.randn(2, 3, 5, 7, generator=gen(), dtype=torch.float64)
+    with H.SortOrders() as kept:
+        found = [*H.sort_map(x)[1:], x.sort(-2)[1], torch.sort(x, 2, True)[1], x.sort(stable=True, dim=1)[1]]
+    assert len(kept.orders) == 5 and all(a.equal(b) for a, b in zip(kept.orders, found))
+    with H.SortOrders(lambda which, own: kept.orders[3]):
+        assert torch.sort(x, 2, True)[1].equal(kept.orders[3])
+    near = x + 1e-9 * torch.randn(x.shape, generator=gen(1), dtype=torch.float64)
+    near[0, 0, :2, 0] = x[0, 0, :2, 0] = torch.tensor([1., 1. + 1e-7])
+    with H.SortOrders() as kept: x.sort(-2)
+    near[0, 0, 0, 0] += 2e-7                                  # now the two stand the other way round
+    assert not near.sort(-2)[1].equal(kept.orders[0])
+    with H.SortOrders(lambda which, own: kept.orders[which]) as again: values, order = near.sort(-2)
+    assert order.equal(kept.orders[0]) and values.equal(near.gather(-2, order)) and again.orders[0].equal(order)
+    for wrong, slack, words in ((lambda which, own: own.flip(-2), 1e-5, 'order 0 must sort'),
+                                (lambda which, own: kept.orders[0], 1e-9, 'must sort the values up to 1e-09'),
+                                (lambda which, own: torch.zeros_like(own), 9., 'order 0 must sort'),
+                                (lambda which, own: own[:1], 1e-5, r'shape \(2, 3, 5, 7\), got \(1, 3, 5, 7\)')):
+        with pytest.raises(ValueError, match=words), H.SortOrders(wrong, slack): near.sort(-2)
+
+
+def test_one_order_takes_the_leaps_away():
+    "Two neighbours that change places move the output; in one order the change is as small as the cause."
+    torch.manual_seed(0)
+    layer = H.HistogramAttention(8, 2).double()
+    x = torch.randn(1, 8, 6, 6, generator=gen(), dtype=torch.float64)
+    x[0, 0, 0, 0], x[0, 0, 1, 0] = .3, .3 + 1e-9
+    moved = x.clone()
+    moved[0, 0, 0, 0] += 2e-9
+    with torch.no_grad():
+        with H.SortOrders() as kept: y = layer(x)
+        with H.SortOrders(lambda which, own: kept.orders[which]): together = layer(moved)
+        assert (together - y).abs().max() < 1e-7 and (layer(moved) - y).abs().max() > 1e-3
+
+
 # ---- attention
 
 @pytest.mark.parametrize('c, n, heads, bins', [(4, 12, 2, 3), (6, 35, 3, 4), (2, 7, 1, 1), (4, 5, 4, 8), (3, 9, 1, 9)])
