@@ -113,8 +113,8 @@ def sheets(slug=None):
 
 @functools.cache
 def builders(slug):
-    "Functions of `tests/chapters/<slug>/builder.py` that answer sheets: `<slug>` all of the chapter's, `<slug>__<case>` one."
-    path = HERE/'chapters'/slug/'builder.py'
+    "Functions of `tests/chapters/<slug>/parity.py` that answer sheets: `<slug>` all of the chapter's, `<slug>__<case>` one."
+    path = HERE/'chapters'/slug/`parity.py`
     if not path.is_file(): return {}
     spec = importlib.util.spec_from_file_location(f'builder_of_{slug}', path)
     module = importlib.util.module_from_spec(spec)

@@ -1,6 +1,6 @@
 """Models agree with the official code, by the sheets of the chapters (`tests/chapters/<slug>/parity`) and of any others that are put into tests/parity or the folder VITBOOK_SHEETS.
 
-A sheet without a builder fails: `tests/chapters/<slug>/builder.py` has one function for all sheets of a chapter, see `sheets.builders`."""
+A sheet without a builder fails: `tests/chapters/<slug>/parity.py` has one function for all sheets of a chapter, see `sheets.builders`."""
 import copy, inspect
 
 import pytest
@@ -15,13 +15,13 @@ SHEETS = {sheet.name: sheet for sheet in sheets()}
 @torch.no_grad()
 def test_sheet(name, record_property):
     slug = name.split('__')[0]
-    assert builder_of(name), f'{name}.json has no builder: tests/chapters/{slug}/builder.py must have a function {slug} or {name}'
+    assert builder_of(name), f'{name}.json has no builder: tests/chapters/{slug}/parity.py must have a function {slug} or {name}'
     worst = SHEETS[name].check(built(SHEETS[name]))
     record_property('worst error / rms', worst)
 
 
 def test_every_builder_has_a_sheet():
-    for path in HERE.glob('chapters/*/builder.py'):
+    for path in HERE.glob('chapters/*/parity.py'):
         slug = path.parent.name
         own = {sheet.name for sheet in sheets(slug)}
         assert own and all(name.startswith(f'{slug}__') for name in own), f'{path.parent}/parity holds {own}'
