@@ -1,8 +1,9 @@
-"""Before anything is imported: one thread, no network, figures without a window, Triton interpreted where there is no GPU."""
+"""Before anything is imported: one thread (or VITBOOK_THREADS), no network, figures without a window, Triton interpreted where there is no GPU."""
 import os, shutil, sys
 from pathlib import Path
 
-os.environ.update(OMP_NUM_THREADS='1', MKL_NUM_THREADS='1', HF_HUB_OFFLINE='1', MPLBACKEND='agg', TOKENIZERS_PARALLELISM='false')
+THREADS = os.environ.get('VITBOOK_THREADS', '1')      # another number is for finding what hangs on the last bit, see CONTRIBUTING
+os.environ.update(OMP_NUM_THREADS=THREADS, MKL_NUM_THREADS=THREADS, HF_HUB_OFFLINE='1', MPLBACKEND='agg', TOKENIZERS_PARALLELISM='false')
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE/'offline')]
 if not shutil.which('nvidia-smi'): os.environ.setdefault('TRITON_INTERPRET', '1')    # without a GPU Python runs the Triton kernels; it must be said before Triton is imported

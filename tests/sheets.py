@@ -112,14 +112,19 @@ def sheets(slug=None):
 
 
 @functools.cache
-def builders(slug):
-    "Functions of `tests/chapters/<slug>/parity.py` that answer sheets: `<slug>` all of the chapter's, `<slug>__<case>` one."
-    path = HERE/'chapters'/slug/`parity.py`
-    if not path.is_file(): return {}
-    spec = importlib.util.spec_from_file_location(f'builder_of_{slug}', path)
+def answers(slug):
+    "The module `tests/chapters/<slug>/parity.py`, None if there is none."
+    path = HERE/'chapters'/slug/'parity.py'
+    if not path.is_file(): return None
+    spec = importlib.util.spec_from_file_location(f'parity_of_{slug}', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return {name: f for name, f in vars(module).items() if name.split('__')[0] == slug and callable(f)}
+    return module
+
+
+def builders(slug):
+    "Its functions that answer sheets: `<slug>` all of the chapter's, `<slug>__<case>` one."
+    return {name: f for name, f in vars(answers(slug) or object).items() if name.split('__')[0] == slug and callable(f)}
 
 
 def builder_of(name):

@@ -179,7 +179,9 @@ def test_evaluation_repeats_and_batches_do_not_mix(name):
     with torch.no_grad():
         out = model(*given)
         same(model(*given), out, atol=0, rtol=0)
-        if name in IMAGE: same(model(given[0][:1]), [t[:1] for t in tensors(out)], atol=1e-5, rtol=1e-4)
+        if name not in IMAGE: return
+        x = given[0].double()                                           # where a sort or a top-k finds no two values as close as rounding is
+        same(model.double()(x[:1]), [t[:1] for t in tensors(model(x))], atol=1e-9, rtol=1e-9)
 
 
 @every

@@ -88,9 +88,9 @@ def copy_of_repo(target, *, outputs=True):
 
 
 def environment(**extra):
-    "The environment of a subprocess: one thread, no network, no colours, this environment's programs first."
+    "The environment of a subprocess: the threads that conftest set, no network, no colours, this environment's programs first."
     kept = {name: value for name, value in os.environ.items() if name != 'MPLBACKEND'}        # a notebook's kernel chooses its own
-    return {**kept, 'OMP_NUM_THREADS': '1', 'MKL_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'NO_COLOR': '1', 'TERM': 'dumb', 'COLUMNS': '200',
+    return {**kept, 'HF_HUB_OFFLINE': '1', 'NO_COLOR': '1', 'TERM': 'dumb', 'COLUMNS': '200',
             'PATH': os.pathsep.join([str(Path(sys.executable).parent), os.environ.get('PATH', '')]),
             'PYTHONPATH': os.pathsep.join([str(ROOT/'tests'/'offline'), *filter(None, [os.environ.get('PYTHONPATH')])]), **extra}
 

@@ -6,11 +6,11 @@
 __all__ = ['FORMS', 'ascending', 'SortedMap', 'sort_map', 'unsort_map', 'bin_tokens', 'from_bins', 'softmax1', 'bin_attention',
            'histogram_attention', 'HistogramAttention', 'DualScaleMlp', 'PixelNorm', 'HistogramBlock', 'pearson',
            'restoration_loss', 'Resample', 'Thumbnail', 'Histoformer', 'from_official', 'arguments_of', 'histoformer',
-           'HistogramTokens']
+           'SortOrders', 'HistogramTokens']
 
 # %% ../../nbs/06_restoration/02_histoformer.ipynb #a7707e54
 import math, re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from ..layers.conv import DepthwiseConv2d, map_to_tokens, tokens_to_map
 from ..registry import load_weights, register_model
 
@@ -353,6 +354,42 @@ def histoformer(in_chans: int = 3, out_chans: int | None = None, embed_dim: int 
                 sort_conv: bool = True, sort_attention: bool = True, stable: bool = False) -> Histoformer:
     "The all-weather model: snow, rain with mist, and drops on the lens by the same weights."
     return Histoformer(in_chans, out_chans, embed_dim, depths, num_heads, mlp_ratio, refine_depth, bias, center, num_bins=num_bins, forms=forms, sort_conv=sort_conv, sort_attention=sort_attention, stable=stable)
+
+# %% ../../nbs/06_restoration/02_histoformer.ipynb #0027c8b8
+class SortOrders(TorchFunctionMode):
+    """Inside `with`, keeps in `orders` what order each torch sort takes, or puts another in its place.
+
+    For comparing two runs that differ in the last bit (other threads, precision, or code) with one
+    order in both. An order put in must sort the values it meets up to `slack` of each row's range.
+    A stable sort of floats on the CPU (`ascending`) is not torch's and is not seen. ValueError for
+    an order that does not sort, or of another shape.
+    """
+    def __init__(self,
+                 instead: Callable[[int, Tensor], Tensor] | None = None, # (which sort, its order) -> order
+                 slack: float = 1e-5):
+        super().__init__()
+        self.instead, self.slack, self.orders = instead, slack, []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        if func not in (torch.sort, Tensor.sort): return found
+        dim = (kwargs or {}).get('dim', args[1] if len(args) > 1 else -1)
+        if self.instead is not None: found = self.put_in(args[0], dim, *found)
+        self.orders.append(found[1])
+        return found
+
+    def put_in(self, x, dim, values, order):
+        "The values of x in the order to take; they may be out of order by rounding and no more."
+        which, order = len(self.orders), self.instead(len(self.orders), order).to(x.device)
+        if order.shape != x.shape:
+            raise ValueError(f'order {which} must have the shape {tuple(x.shape)}, '
+                             f'got {tuple(order.shape)}')
+        moved = x.gather(dim, order)
+        permutes = order.sort(dim)[0].diff(dim=dim).eq(1).all()
+        span = values.amax(dim, keepdim=True) - values.amin(dim, keepdim=True)
+        if not permutes or ((moved - values).abs() > self.slack * span).any():
+            raise ValueError(f'order {which} must sort the values up to {self.slack:g} of their range')
+        return moved, order
 
 # %% ../../nbs/06_restoration/02_histoformer.ipynb #8f13f0e8
 class HistogramTokens(nn.Module):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+from sheets import answers, sheets
 from vitbook import measure
 from vitbook.data.degradations import restore
 from vitbook.registry import create_model, list_models, model_info
@@ -79,6 +80,36 @@ def test_stable_keeps_equal_values_in_order():
     x = torch.zeros(1, 1, 40, 3)
     s = H.sort_map(x, stable=True)
     assert s.rows.equal(torch.arange(40).view(1, 1, 40, 1).expand_as(x)) and H.unsort_map(*s).equal(x)
+
+
+def test_orders_are_kept_and_put_in():
+    "Of every torch sort, however it is called; a near copy sorted in the other's order has the other's order, and an order that does not sort is refused."
+    x = torch.randn(2, 3, 5, 7, generator=gen(), dtype=torch.float64)
+    with H.SortOrders() as kept: found = [*H.sort_map(x)[1:], x.sort(-2)[1], torch.sort(x, 2, True)[1], x.sort(stable=True, dim=1)[1]]
+    assert len(kept.orders) == 5 and all(a.equal(b) for a, b in zip(kept.orders, found))
+    near = x + 1e-9 * torch.randn(x.shape, generator=gen(1), dtype=torch.float64)
+    near[0, 0, :2, 0] = x[0, 0, :2, 0] = torch.tensor([1., 1. + 1e-7])
+    with H.SortOrders() as kept: x.sort(-2)
+    near[0, 0, 0, 0] += 2e-7                                             # now the two stand the other way round
+    assert not near.sort(-2)[1].equal(kept.orders[0])
+    with H.SortOrders(lambda which, own: kept.orders[which]) as again: values, order = near.sort(-2)
+    assert order.equal(kept.orders[0]) and values.equal(near.gather(-2, order)) and again.orders[0].equal(order)
+    for wrong, slack, words in ((lambda which, own: own.flip(-2), 1e-5, 'order 0 must sort'), (lambda which, own: kept.orders[0], 1e-9, 'must sort the values up to 1e-09'),
+                                (lambda which, own: torch.zeros_like(own), 9., 'order 0 must sort'), (lambda which, own: own[:1], 1e-5, r'shape \(2, 3, 5, 7\), got \(1, 3, 5, 7\)')):
+        with pytest.raises(ValueError, match=words), H.SortOrders(wrong, slack): near.sort(-2)
+
+
+def test_one_order_takes_the_leaps_away():
+    "Two neighbours in brightness that change places move the output; in one order the change is as small as the cause."
+    torch.manual_seed(0)
+    layer, x = H.HistogramAttention(8, 2).double(), torch.randn(1, 8, 6, 6, generator=gen(), dtype=torch.float64)
+    x[0, 0, 0, 0], x[0, 0, 1, 0] = .3, .3 + 1e-9
+    moved = x.clone()
+    moved[0, 0, 0, 0] += 2e-9
+    with torch.no_grad():
+        with H.SortOrders() as kept: y = layer(x)
+        with H.SortOrders(lambda which, own: kept.orders[which]): together = layer(moved)
+        assert (together - y).abs().max() < 1e-7 and (layer(moved) - y).abs().max() > 1e-3
 
 
 # ---- attention
@@ -429,3 +460,14 @@ def test_copies_and_precisions():
     assert_close(copy.deepcopy(block).double()(x.double()).float(), block(x), atol=1e-4, rtol=1e-4)
     for dtype in (torch.bfloat16, torch.float16): assert copy.deepcopy(block).to(dtype)(x.to(dtype)).isfinite().all()
     with torch.autocast('cpu', torch.bfloat16): assert block(x).isfinite().all()
+
+
+@torch.no_grad()
+def test_the_sheet_is_exact_arithmetic_but_for_six_pairs():
+    "In float64 as well, on every machine; and the six are needed: with the orders of exact arithmetic the output is another."
+    sheet, orders_of = next(s for s in sheets('histoformer') if s.name == 'histoformer__tiny'), answers('histoformer').histoformer_orders
+    model, x = H.Histoformer.from_official(sheet.weights()).eval(), sheet.inputs()['x']
+    orders, y = orders_of(model, x)
+    assert (len(orders), sum(o.numel() for o in orders)) == (24, 162_816)
+    sheet.check(dict(y=y), 1e-5)
+    with pytest.raises(AssertionError, match='histoformer__tiny is off'): sheet.check(dict(y=orders_of(model, x, {})[1]))
