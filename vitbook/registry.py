@@ -7,8 +7,8 @@ __all__ = ['PARTS', 'Entry', 'register_model', 'did_you_mean', 'model_arguments'
            'count_parameters', 'model_info', 'make_index', 'write_index', 'load_weights']
 
 # %% ../nbs/00_foundations/08_registry.ipynb #0d980d3e
-import copy, difflib, fnmatch, functools, importlib.util, inspect, pkgutil, pprint, re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy, difflib, fnmatch, functools, importlib.util, inspect, pprint
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 import torch
@@ -70,22 +70,17 @@ def _index() -> dict[str, dict[str, Any]]:
     from vitbook._models import MODELS
     return MODELS
 
-def _modules() -> Iterator[str]:
-    "Names of the modules that may register models. This file depends on none of them, they import it."
-    yield 'vitbook.vit'
-    for part in PARTS:
-        spec = importlib.util.find_spec(f'vitbook.{part}')
-        if spec is None: continue
-        for module in pkgutil.iter_modules(spec.submodule_search_locations): yield f'{spec.name}.{module.name}'
-
-def _defines(module: str, name: str) -> bool:
-    source = Path(importlib.util.find_spec(module).origin).read_text(encoding='utf-8')
-    return re.search(rf'^def {re.escape(name)}\(', source, re.M) is not None
+def _modules() -> dict[str, Path]:
+    "Names and files of the modules that may register models. This file depends on none of them, they import it."
+    home = Path(importlib.util.find_spec('vitbook').origin).parent
+    files = [home/'vit.py', *(path for part in PARTS for path in sorted((home/part).glob('[!_]*.py')))]
+    return {'.'.join(('vitbook', *path.relative_to(home).with_suffix('').parts)): path for path in files}
 
 def _import_home(name: str):
     "Import the module that has the model: the one that the index says, else those that define such a function."
-    known = [_index()[name]['module']] if name in _index() else [m for m in _modules() if _defines(m, name)]
-    for module in known: importlib.import_module(module)
+    if name in _index(): homes = [_index()[name]['module']]
+    else: homes = [m for m, path in _modules().items() if f'\ndef {name}(' in path.read_text(encoding='utf-8')]
+    for module in homes: importlib.import_module(module)
 
 # %% ../nbs/00_foundations/08_registry.ipynb #5f10ea05
 def did_you_mean(name: str, known: list[str]) -> str:
