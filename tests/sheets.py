@@ -74,11 +74,12 @@ class Sheet:
         A tensor by itself, or the first of a dict, is the module's own result: it is taken where no name is like the sheet's. A wrong choice cannot pass, since values are compared."""
         if isinstance(outputs, torch.Tensor): outputs = dict(y=outputs)
         want = self.data['outputs']
-        found = {name: outputs[name] for name in want if name in outputs}
         pairs = [(theirs, ours) for theirs in want for ours in outputs if list(outputs[ours].shape) == want[theirs]['shape']]
+        found = {theirs: outputs[theirs] for theirs, ours in pairs if theirs == ours}
         for theirs, ours in sorted(pairs, key=lambda pair: alike(*pair), reverse=True):
             if theirs not in found and not any(outputs[ours] is taken for taken in found.values()): found[theirs] = outputs[ours]
-        return found or dict(zip(want, outputs.values()))                # nothing fits: let the report tell the shapes
+        unfit = {theirs: outputs[theirs] for theirs in want if theirs in outputs} or dict(zip(want, outputs.values()))
+        return unfit | found                                            # those of a wrong shape, so that the report can tell it
 
     def errors(self, outputs):
         "Output name -> worst error over the samples, relative to the official rms; inf for a missing output or a wrong shape."

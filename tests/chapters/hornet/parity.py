@@ -6,8 +6,9 @@ PARTS = dict(HorNet='model', HorFPN='pyramid', GlobalLocalFilter='filter', Block
 
 def part_of(weights):
     "The part by the names of its weights, where the sheet does not say its class."
+    if 'downsample_layers.0.0.weight' in weights: return 'model'
     if any(k.startswith('lateral_convs.') for k in weights): return 'pyramid'
-    known = {'downsample_layers.0.0.weight': 'model', 'complex_weight': 'filter', 'gnconv.proj_in.weight': 'block'}
+    known = {'complex_weight': 'filter', 'gnconv.proj_in.weight': 'block'}
     return next((part for name, part in known.items() if name in weights), 'convolution')
 
 
