@@ -1,15 +1,16 @@
 """Parity sheets: what an official implementation computes at tiny size, and a reader that says how far a model is from it.
 
-A sheet (`tests/parity/<slug>__<case>.json`) names an official module and its configuration, lists its state dict (name -> shape) and holds samples
-of its outputs. Weights and inputs are not stored: they follow from their names by a hash in integer arithmetic, the same on every machine."""
-import json, zlib
+A sheet (`tests/chapters/<slug>/parity/<slug>__<case>.json`) names an official module and its configuration, lists its state dict (name -> shape) and holds
+samples of its outputs. Weights and inputs are not stored: they follow from their names by a hash in integer arithmetic, the same on every machine."""
+import functools, importlib.util, inspect, json, os, re, zlib
+from difflib import SequenceMatcher
 from math import prod, sqrt
 from pathlib import Path
 
 import numpy as np
 import torch
 
-FOLDER = Path(__file__).parent/'parity'
+HERE = Path(__file__).parent
 TOLERANCE = 1e-4                                 # of the output's rms, float32 on the CPU
 
 
@@ -44,20 +45,45 @@ def given(name, spec):
     return torch.from_numpy(np.floor((u + 1) / 2 * (high - low) + low).astype(np.int64)).reshape(spec['shape'])
 
 
+def alike(ours, theirs):
+    "How much two names of an output have in common: first their numbers, then their letters, if these are alike at all."
+    letters = SequenceMatcher(None, ours, theirs).ratio()
+    return re.findall(r'\d+', ours) == re.findall(r'\d+', theirs), letters if letters >= .6 else 0.
+
+
 class Sheet:
-    "One sheet: `config`, `weights()`, `inputs()`, and `check(outputs)`."
+    "One sheet: `config`, `weights()`, `inputs()`, the official class where it says one, and `check(outputs)`."
 
     def __init__(self, path):
         self.name, self.data = Path(path).stem, json.loads(Path(path).read_text(encoding='utf-8'))
         self.config, self.constructed = self.data['config'], set(self.data.get('constructed', ()))
         if self.data['fill'] != 'hash32': raise ValueError(f"{self.name}: unknown rule {self.data['fill']!r}, this reader knows hash32")
 
+    @property
+    def module(self):
+        "The official class or function: what the sheet calls so, or the last word of its source if nothing is said about it there."
+        told = self.data.get('module', self.data.get('source', '').split(', ')[-1])
+        return told if re.fullmatch(r'[\w.]+', told) else ''
+
     def weights(self): return {name: weight(name, shape) for name, shape in self.data['state'].items() if name not in self.constructed}
     def inputs(self): return {name: given(name, spec) for name, spec in self.data['inputs'].items()}
 
+    def named(self, outputs):
+        """What a builder gives, under the sheet's names: those it knows, and for every other the one of the same shape whose name is most alike.
+
+        A tensor by itself, or the first of a dict, is the module's own result: it is taken where no name is like the sheet's. A wrong choice cannot pass, since values are compared."""
+        if isinstance(outputs, torch.Tensor): outputs = dict(y=outputs)
+        want = self.data['outputs']
+        pairs = [(theirs, ours) for theirs in want for ours in outputs if list(outputs[ours].shape) == want[theirs]['shape']]
+        found = {theirs: outputs[theirs] for theirs, ours in pairs if theirs == ours}
+        for theirs, ours in sorted(pairs, key=lambda pair: alike(*pair), reverse=True):
+            if theirs not in found and not any(outputs[ours] is taken for taken in found.values()): found[theirs] = outputs[ours]
+        unfit = {theirs: outputs[theirs] for theirs in want if theirs in outputs} or dict(zip(want, outputs.values()))
+        return unfit | found                                            # those of a wrong shape, so that the report can tell it
+
     def errors(self, outputs):
         "Output name -> worst error over the samples, relative to the official rms; inf for a missing output or a wrong shape."
-        found = {}
+        outputs, found = self.named(outputs), {}
         for name, want in self.data['outputs'].items():
             if name not in outputs or list(outputs[name].shape) != want['shape']: found[name] = float('inf'); continue
             got = outputs[name].detach().double().flatten()
@@ -69,6 +95,7 @@ class Sheet:
 
     def check(self, outputs, tolerance=TOLERANCE):
         "The worst error; an AssertionError that lists every output when it is above the tolerance."
+        outputs = self.named(outputs)
         found = self.errors(outputs)
         worst = max(found.values())
         if not worst <= tolerance:
@@ -78,4 +105,37 @@ class Sheet:
         return worst
 
 
-def sheets(): return [Sheet(path) for path in sorted(FOLDER.glob('*.json'))]
+def sheets(slug=None):
+    "The sheets of a chapter; without a slug those of all, of tests/parity and of the folder that VITBOOK_SHEETS names, where somebody may put others."
+    if slug: return [Sheet(path) for path in sorted((HERE/'chapters'/slug/'parity').glob('*.json'))]
+    folders = [*sorted(HERE.glob('chapters/*/parity')), HERE/'parity', *map(Path, filter(None, [os.environ.get('VITBOOK_SHEETS')]))]
+    return [Sheet(path) for path in {path.stem: path for folder in folders for path in sorted(folder.glob('*.json'))}.values()]
+
+
+@functools.cache
+def answers(slug):
+    "The module `tests/chapters/<slug>/parity.py`, None if there is none."
+    path = HERE/'chapters'/slug/'parity.py'
+    if not path.is_file(): return None
+    spec = importlib.util.spec_from_file_location(f'parity_of_{slug}', path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def builders(slug):
+    "Its functions that answer sheets: `<slug>` all of the chapter's, `<slug>__<case>` one."
+    return {name: f for name, f in vars(answers(slug) or object).items() if name.split('__')[0] == slug and callable(f)}
+
+
+def builder_of(name):
+    "`build(config, weights, inputs[, module])` for a sheet, which maps the official names to ours; None if there is none."
+    known = builders(name.split('__')[0])
+    return known.get(name) or known.get(name.split('__')[0])
+
+
+def built(sheet, **changes):
+    "What our model gives for a sheet; `changes` are other `weights` or `inputs`."
+    build = builder_of(sheet.name)
+    if 'module' in inspect.signature(build).parameters: changes = dict(module=sheet.module) | changes
+    return build(**dict(config=sheet.config, weights=sheet.weights(), inputs=sheet.inputs()) | changes)

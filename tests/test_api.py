@@ -1,7 +1,9 @@
 """The contract of every registered model: timm's names, shapes, other sizes, training and evaluation, saving, low precision, compilation, gradients, bad input.
 
-A model is built small, from the `example` it registers, and fed pictures of its `input_shape`. One that takes no pictures registers `input_shape=()` and has a line in INPUTS."""
-import inspect, warnings
+A model is built small, from the `example` it registers, and fed pictures of its `input_shape`, or the `inputs` it registers. What depends on the name is tried for every name, what is computed
+once for each small version. What a model cannot do stands with its reason in its registration (`compiles`, `reasons`)."""
+import contextlib, inspect, warnings
+from unittest import mock
 
 import pytest
 import torch
@@ -9,38 +11,41 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from vitbook.registry import create_model, list_models, model_arguments, model_info
-from vitbook.registry import _entries as entries                       # the builders themselves, to look at their signatures
+from vitbook.registry import create_model, example_inputs, list_models, model_arguments, model_info
+from vitbook.registry import _entry as entry_of
 
-INPUTS = {name: lambda: (torch.randint(2, 40, (2, 12), generator=torch.Generator().manual_seed(0)),)     # name -> function() -> tuple of inputs, for models that take no pictures
-          for name in ('urpe_synthetic', 'urpe_synthetic_rpe', 'urpe_synthetic_nope')}
-INPUTS |= {name: lambda: (torch.randn(2, 24, 5, generator=torch.Generator().manual_seed(0)), torch.rand(2, 24, 4, generator=torch.Generator().manual_seed(1)) - .5)    # a lookback of five series, and its calendar
-           for name in list_models('i*former*', part='sequences')}
-INPUTS |= {name: lambda: (torch.randn(2, 15, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([.3, .8]), torch.tensor([3, 7]), torch.stack([torch.arange(15) % 5, torch.arange(15) // 5]).expand(2, 2, 15),
-                           torch.tensor([[1] * 15, [1] * 10 + [0] * 5]), torch.tensor([[[3, 5]], [[2, 5]]]))                # noisy tokens, times, classes, columns and rows, mask, sizes
-           for name in list_models('fit*', part='generation')}
-INPUTS |= {name: lambda: (torch.randn(92, 96, generator=torch.Generator().manual_seed(0)), [(1, 6, 10), (2, 4, 4)])    # patches of a picture and a clip, and their grids
-           for name in list_models('qwen25_vl_*_vision')}
-INPUTS |= {name: lambda: (torch.tensor([[1, 2, 90, *[91] * 6, 93, 3]] * 2), torch.randn(48, 96, generator=torch.Generator().manual_seed(0)), [(1, 4, 6)] * 2)    # words with placeholders, patches, grids
-           for name in list_models('qwen25_vl_*b')}
-def voxels(height):
-    "Features and places of 80 voxels in two scenes of 24 x 24 cells."
-    g = torch.Generator().manual_seed(0)
-    cells = torch.randperm(2 * height * 576, generator=g)[:80]
-    return torch.randn(80, 16, generator=g), torch.stack([cells // (height * 576), cells // 576 % height, cells // 24 % 24, cells % 24], 1)
-
-
-def points():
-    "200 points of two scenes within 12 m, with their numbers in front."
-    g = torch.Generator().manual_seed(0)
-    return torch.cat([torch.arange(200)[:, None] % 2, (torch.rand(200, 3, generator=g) * 2 - 1) * torch.tensor([12., 12., 1.9]), torch.rand(200, 2, generator=g)], 1),
-
-
-INPUTS |= {'dsvt_waymo_pillar': lambda: voxels(1), 'dsvt_nuscenes_pillar': lambda: voxels(1), 'dsvt_waymo_voxel': lambda: voxels(8), 'dsvt_waymo_pillar_detector': points, 'dsvt_waymo_voxel_detector': points}
 NAMES = list_models()
-INFO = {name: entries[name] for name in NAMES}
+INFO = {name: entry_of(name) for name in NAMES}                         # the builders themselves, to look at their signatures
+
+
+def made(name):
+    """The class and all constructor arguments of a model's small version, without building it.
+
+    Where that cannot be seen (a builder says no class, or makes another one), the name itself: such a model is like no other."""
+    build, kind = INFO[name].build, INFO[name].build.__annotations__.get('return')
+    calls = []
+
+    def record(self, *args, **kw):
+        calls.append(signature.bind(self, *args, **kw))
+        raise InterruptedError                                          # nothing in the library raises or catches this one
+
+    if not inspect.isclass(kind): return name
+    signature = inspect.signature(kind.__init__)
+    with mock.patch.object(kind, '__init__', record), contextlib.suppress(InterruptedError): build(**INFO[name].example)
+    if not calls: return name
+    calls[0].apply_defaults()
+    return kind, repr(list(calls[0].arguments.items())[1:])
+
+
+def distinct():
+    "The first name of each small version: the sizes of one model have the same, and what it computes need be tried only once."
+    return list({made(name): name for name in reversed(NAMES)}.values())[::-1]
+
+
+SMALL = distinct()
 IMAGE = [name for name in NAMES if INFO[name].input_shape]
 every, image = pytest.mark.parametrize('name', NAMES), pytest.mark.parametrize('name', IMAGE)
+small, picture = pytest.mark.parametrize('name', SMALL), pytest.mark.parametrize('name', [name for name in SMALL if name in IMAGE])
 
 
 def build(name, **more):
@@ -49,12 +54,6 @@ def build(name, **more):
     with torch.no_grad():                                               # zero gates and class tokens would hide mistakes
         for p in model.parameters(): p.add_(torch.randn_like(p) * .02)
     return model
-
-
-def inputs(name, batch=2):
-    if name in INPUTS: return INPUTS[name]()
-    assert INFO[name].input_shape, f'{name} takes no pictures: say in INPUTS what it takes'
-    return torch.rand(batch, *INFO[name].input_shape, generator=torch.Generator().manual_seed(0)),
 
 
 def tensors(value):
@@ -86,7 +85,7 @@ def test_there_are_models(): assert NAMES and NAMES == sorted(set(NAMES)) and IM
 def test_facts(name):
     info = model_info(name)
     assert set(info) >= {'name', 'paper', 'part', 'parameters'} and info['name'] == name and info['parameters'] > 0
-    assert info['parameters'] == sum(p.numel() for p in entries[name].build().parameters()) if info['parameters'] < 2e7 else True
+    assert INFO[name].input_shape or INFO[name].inputs, f'{name} takes no pictures: register by `inputs` what it takes'
     assert name in list_models(part=info['part']) and name in list_models(f'{name[:3]}*')
 
 
@@ -97,7 +96,7 @@ OTHER = {'image_size', 'input_size', 'in_channels', 'in_channel', 'in_ch', 'n_cl
 
 @image
 def test_constructor_names_are_timms(name):
-    known = set(model_arguments(entries[name].build))
+    known = set(model_arguments(INFO[name].build))
     assert known & TIMM >= {'in_chans'}, f'{name} takes {sorted(known)}'
     assert not known & OTHER, f"{name} calls {sorted(known & OTHER)} what timm calls otherwise ({', '.join(sorted(TIMM))})"
     assert set(INFO[name].example) <= known
@@ -107,12 +106,16 @@ def test_constructor_names_are_timms(name):
 def test_no_argument_is_swallowed(name):
     wrong = {**INFO[name].example, 'num_haeds': 3}
     with pytest.raises(ValueError, match='num_haeds'): create_model(name, **wrong)
-    with pytest.raises(TypeError): entries[name].build(**wrong)
+    with pytest.raises(TypeError): INFO[name].build(**wrong)
+
+
+@small
+def test_the_class_names_its_arguments(name):
     kinds = {p.kind for p in inspect.signature(type(build(name)).__init__).parameters.values()}
     assert not kinds & {inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL}, 'the class itself must name its arguments'
 
 
-@every
+@small
 def test_public_methods_say_their_shapes(name):
     for part in {type(module) for module in build(name).modules() if type(module).__module__.startswith('vitbook.')}:
         if 'forward' not in vars(part): continue
@@ -124,10 +127,10 @@ def test_public_methods_say_their_shapes(name):
 
 # ---- what it computes
 
-@image
+@picture
 def test_classifier_shapes(name):
-    model, (x,) = build(name).eval(), inputs(name)
-    if 'num_classes' not in model_arguments(entries[name].build): return
+    model, (x,) = build(name).eval(), example_inputs(name)
+    if 'num_classes' not in model_arguments(INFO[name].build): return
     with torch.no_grad():
         out = model(x)
         assert out.shape == (2, model.num_classes)
@@ -142,10 +145,10 @@ def test_classifier_shapes(name):
         assert build(name, num_classes=0).eval()(x).shape == pooled.shape
 
 
-@image
+@picture
 def test_feature_maps(name):
     "As many maps as `levels` says, of these channels and strides; `features_only` gives the same without a head."
-    model, (x,) = build(name).eval(), inputs(name)
+    model, (x,) = build(name).eval(), example_inputs(name)
     if not hasattr(model, 'feature_maps'): pytest.skip(f'{name} offers no maps')
     with torch.no_grad():
         maps, size = model.feature_maps(x), x.shape[2:]
@@ -157,18 +160,18 @@ def test_feature_maps(name):
         assert only.levels == (model.levels[-1],) and not any('head' in n for n in only.state_dict())
 
 
-@image
+@picture
 @pytest.mark.parametrize('chans', [1, 4])
 def test_channels(name, chans):
     size = INFO[name].input_shape[1:]
     with torch.no_grad(): assert all(t.isfinite().all() for t in tensors(build(name, in_chans=chans).eval()(torch.rand(2, chans, *size))))
 
 
-@image
+@picture
 @pytest.mark.parametrize('size', [(40, 24), (32, 48), (33, 31), (35, 64), (7, 7)])
 def test_other_sizes_work_or_are_refused_by_name(name, size, unchecked):
     "Built for the size, and given it afterwards: outputs of the right shape, or a ValueError that names the argument; never another error, never nan."
-    known = model_arguments(entries[name].build)
+    known = model_arguments(INFO[name].build)
     calls = [lambda: build(name).eval()(torch.rand(1, INFO[name].input_shape[0], *size))]
     if 'img_size' in known: calls.append(lambda: build(name, img_size=size).eval()(torch.rand(1, INFO[name].input_shape[0], *size)))
     for call in calls:
@@ -178,9 +181,9 @@ def test_other_sizes_work_or_are_refused_by_name(name, size, unchecked):
         else: assert all(t.isfinite().all() for t in tensors(out))
 
 
-@every
+@small
 def test_evaluation_repeats_and_batches_do_not_mix(name):
-    model, given = build(name).eval(), inputs(name)
+    model, given = build(name).eval(), example_inputs(name)
     with torch.no_grad():
         out = model(*given)
         same(model(*given), out, atol=0, rtol=0)
@@ -189,14 +192,14 @@ def test_evaluation_repeats_and_batches_do_not_mix(name):
         same(model.double()(x[:1]), [t[:1] for t in tensors(model(x))], atol=1e-9, rtol=1e-9)
 
 
-@every
+@small
 def test_training(name):
     """In training mode the gradient reaches every parameter, and a step against it lowers the loss as it says.
 
     The step is so small that no sort, top-k or threshold falls otherwise: there the loss leaps, and further than
     a step of 1e-4 lowers it.
     """
-    model, given, step = build(name).train().double(), doubled(inputs(name)), 1e-9
+    model, given, step = build(name).train().double(), doubled(example_inputs(name)), 1e-9
     start = {key: value.clone() for key, value in model.named_buffers()}
 
     def measured():                                                     # with the same random numbers and buffers each time
@@ -215,27 +218,27 @@ def test_training(name):
         assert_close((before - measured()) / step, slope, rtol=.01, atol=0)
 
 
-@image
+@picture
 def test_dropout_and_stochastic_depth_act_in_training_only(name):
-    known = model_arguments(entries[name].build)
+    known = model_arguments(INFO[name].build)
     for rate in [r for r in ('drop_rate', 'drop_path_rate', 'attn_drop_rate', 'proj_drop_rate', 'pos_drop_rate') if r in known]:
-        model, (x,) = build(name, **{rate: .5}), inputs(name, 8)
+        model, (x,) = build(name, **{rate: .5}), example_inputs(name, 8)
         with torch.no_grad():
             assert any((a != b).any() for a, b in zip(tensors(model.train()(x)), tensors(model(x)))), f'{rate} does nothing in training'
             same(model.eval()(x), model(x), atol=0, rtol=0)
 
 
-@every
+@small
 def test_state_dict_goes_through_safetensors(name):
-    model, given = build(name).eval(), inputs(name)
+    model, given = build(name).eval(), example_inputs(name)
     other = create_model(name, **INFO[name].example).eval()
     other.load_state_dict(load(save({key: value.contiguous() for key, value in model.state_dict().items()})))
     with torch.no_grad(): same(other(*given), model(*given), atol=0, rtol=0)
 
 
-@every
+@small
 def test_bfloat16_autocast(name):
-    model, given = build(name).train(), inputs(name)
+    model, given = build(name).train(), example_inputs(name)
     exact = loss(model.eval()(*given))
     with torch.autocast('cpu', dtype=torch.bfloat16): out = model(*given)
     low = loss(out)
@@ -244,23 +247,19 @@ def test_bfloat16_autocast(name):
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
-def distinct():
-    "One name for each class and arguments: the sizes of one model have the same small example, and compiling it once is enough."
-    found = {}
-    for name in NAMES:
-        build = entries[name].build
-        found.setdefault((build.__module__, build.__annotations__.get('return'), repr(sorted((model_arguments(build) | INFO[name].example).items()))), name)
-    return list(found.values())
+def shallow(name):
+    "One block is as good as two where blocks are alike; stages may differ, and stay."
+    return dict(depth=1) if INFO[name].example.get('depth') == 2 else {}
 
 
-@pytest.mark.parametrize('name', distinct())
+@small
 def test_compiles_or_says_why_not(name, unchecked):
     "The graph is caught whole, and its gradients too; the code made from it is inductor's business, tried for one model below."
     if INFO[name].compiles is not True:
         assert isinstance(INFO[name].compiles, str) and len(INFO[name].compiles) > 10, f'{name}: `compiles` must be True or the reason why it does not compile'
         pytest.skip(f'{name}: {INFO[name].compiles}')
     torch._dynamo.reset()
-    model, given = build(name).eval(), inputs(name)
+    model, given = build(name, **shallow(name)).eval(), example_inputs(name)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         out = torch.compile(model, backend='aot_eager', fullgraph=True)(*given)
@@ -269,14 +268,7 @@ def test_compiles_or_says_why_not(name, unchecked):
     torch._dynamo.reset()
 
 
-@image
-def test_meta_device(name):
-    "Nothing in the constructor may need real numbers: sizes can be counted without memory."
-    with torch.device('meta'): model = entries[name].build()
-    assert all(p.is_meta for p in model.parameters())
-
-
-@every
+@small
 def test_copies_are_independent_modules(name):
     import copy
     model = build(name)
@@ -288,23 +280,23 @@ def test_copies_are_independent_modules(name):
 
 # ---- bad input
 
-@image
+@picture
 def test_wrong_channels_are_named(name, unchecked):
     c, *size = INFO[name].input_shape
     with pytest.raises(ValueError, match=rf'in_chans.*{c + 1}'): build(name).eval()(torch.rand(1, c + 1, *size))
 
 
-@image
+@picture
 def test_sizes_that_are_no_multiple_of_the_patch(name, unchecked):
-    known, example = model_arguments(entries[name].build), INFO[name].example
+    known, example = model_arguments(INFO[name].build), INFO[name].example
     if not {'img_size', 'patch_size'} <= set(known): pytest.skip(f'{name} has no patch_size')
     patch = example.get('patch_size', known['patch_size'])
     with pytest.raises(ValueError, match='img_size|patch_size'): build(name, img_size=4 * patch + 1)
 
 
-@image
+@picture
 def test_heads_that_do_not_divide_the_width(name, unchecked):
-    known, example = model_arguments(entries[name].build), INFO[name].example
+    known, example = model_arguments(INFO[name].build), INFO[name].example
     if not isinstance(example.get('num_heads', known.get('num_heads')), int) or not isinstance(example.get('embed_dim', known.get('embed_dim')), int): pytest.skip('no num_heads')
     with pytest.raises(ValueError, match='num_heads'): build(name, num_heads=example.get('embed_dim', known['embed_dim']) - 1)
 

@@ -22,7 +22,7 @@ def call(capsys):
 
 @pytest.mark.parametrize('words, say', {
     'frob': "invalid choice: 'frob'", 'run --jobs two': 'invalid int value', 'run --colour': 'unrecognized arguments', 'run atention': 'did you mean attention', 'run --device tpu': 'not one of cpu, cuda, mps, auto',
-    'models vit_tiny': 'did you mean vit_tiny_patch16_224', 'models --part mixer': "part named 'mixer'", 'bench attentoin': 'there are attention', 'bench attention --sizes 0': 'at least 1',
+    'models vit_tiny': 'did you mean vit_tiny_patch16_224', 'models vti_*': 'did you mean vit_*?', 'models --part mixer': "part named 'mixer'", 'bench attentoin': 'there are attention', 'bench attention --sizes 0': 'at least 1',
     'bench attention --device tpu': 'not one of', 'data': 'list, fetch or verify', 'data fetch cifar': "'cifar'", 'data verify cifar': "'cifar'", 'data fetch': 'NAME', 'chapters --root /': 'not inside a checkout'}.items())
 def test_a_mistake_is_one_sentence(call, words, say, monkeypatch):
     monkeypatch.chdir(ROOT)

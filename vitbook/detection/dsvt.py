@@ -694,19 +694,36 @@ _small = dict(grid=(24, 24, 1), embed_dim=16, num_heads=2, depths=(2,), set_size
 _small_voxel = dict(grid=(24, 24, 8), embed_dim=16, num_heads=2, depths=(1, 1), set_size=6, windows=((6, 6, 8), (6, 6, 1)), shifts=(((0, 0, 0), (3, 3, 0)),) * 2, pool_strides=((1, 1, 8),))
 _small_detector = dict(voxel_size=(1., 1., 6.), point_range=(-12., -12., -2., 12., 12., 4.), vfe_dims=(16, 16), bev_depths=(1, 1), bev_strides=(1, 2), bev_dims=(8, 8), up_strides=(1, 2), up_dims=(8, 8), head_width=8)
 
-@register_model(**_dsvt, example=_small)
+def _voxels(height: int = 1) -> tuple[Float[Tensor, 'v c'], Int[Tensor, 'v 4']]:
+    "Features and places of 80 voxels in two scenes of 24 x 24 cells."
+    g = torch.Generator().manual_seed(0)
+    cells = torch.randperm(2 * height * 576, generator=g)[:80]
+    places = torch.stack([cells // (height * 576), cells // 576 % height, cells // 24 % 24, cells % 24], 1)
+    return torch.randn(80, 16, generator=g), places
+
+def _points() -> tuple[Float[Tensor, 'p f']]:
+    "200 points of two scenes within 12 m, with the scene's number in front."
+    g = torch.Generator().manual_seed(0)
+    places = (torch.rand(200, 3, generator=g) * 2 - 1) * torch.tensor([12., 12., 1.9])
+    return torch.cat([torch.arange(200)[:, None] % 2, places, torch.rand(200, 2, generator=g)], 1),
+
+_pillar = dict(**_dsvt, example=_small, inputs=_voxels)
+_voxel = dict(**_dsvt, example=_small_voxel, inputs=lambda: _voxels(8))
+_detector = _dsvt | dict(inputs=_points)
+
+@register_model(**_pillar)
 def dsvt_waymo_pillar(**arguments) -> DSVT: return DSVT(**arguments)
-@register_model(**_dsvt, example=_small_voxel)
+@register_model(**_voxel)
 def dsvt_waymo_voxel(grid: Triple = (468, 468, 32), depths: Sequence[int] = _VOXEL['depths'], set_size: int | Sequence[int] = 48, windows: Sequence[Triple] = _VOXEL['windows'],
                      shifts: Sequence[Sequence[Triple]] = _VOXEL['shifts'], pool_strides: Sequence[Triple] = _VOXEL['pool_strides'], **arguments) -> DSVT:
     return DSVT(grid, depths=depths, set_size=set_size, windows=windows, shifts=shifts, pool_strides=pool_strides, **arguments)
-@register_model(**_dsvt, example=_small)
+@register_model(**_pillar)
 def dsvt_nuscenes_pillar(grid: Triple = (360, 360, 1), embed_dim: int | Sequence[int] = 128, set_size: int | Sequence[int] = 90, windows: Sequence[Triple] = ((30, 30, 1),), hybrid_factor: Triple = (1, 1, 1),
                          shifts: Sequence[Sequence[Triple]] = (((0, 0, 0), (15, 15, 0)),), **arguments) -> DSVT:
     return DSVT(grid, embed_dim, set_size=set_size, windows=windows, hybrid_factor=hybrid_factor, shifts=shifts, **arguments)
-@register_model(**_dsvt, example={k: v for k, v in _small.items() if k != 'grid'} | _small_detector)
+@register_model(**_detector, example={k: v for k, v in _small.items() if k != 'grid'} | _small_detector)
 def dsvt_waymo_pillar_detector(**arguments) -> DSVTDetector: return DSVTDetector(**arguments)
-@register_model(**_dsvt, example={k: v for k, v in _small_voxel.items() if k != 'grid'} | _small_detector | dict(voxel_size=(1., 1., .75)))
+@register_model(**_detector, example={k: v for k, v in _small_voxel.items() if k != 'grid'} | _small_detector | dict(voxel_size=(1., 1., .75)))
 def dsvt_waymo_voxel_detector(voxel_size: Sequence[float] = (.32, .32, .1875), depths: Sequence[int] = _VOXEL['depths'], set_size: int | Sequence[int] = 48, windows: Sequence[Triple] = _VOXEL['windows'],
                               shifts: Sequence[Sequence[Triple]] = _VOXEL['shifts'], pool_strides: Sequence[Triple] = _VOXEL['pool_strides'], **arguments) -> DSVTDetector:
     return DSVTDetector(voxel_size, depths=depths, set_size=set_size, windows=windows, shifts=shifts, pool_strides=pool_strides, **arguments)

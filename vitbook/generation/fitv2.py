@@ -502,7 +502,15 @@ class FiT(_Packed, nn.Module):
 
 # %% ../../nbs/08_generation/01_fitv2.ipynb #d5c116d7
 _example = dict(patch_size=2, in_chans=1, num_classes=10, embed_dim=32, depth=2, num_heads=2)
-_register = dict(part='generation', chapter='fitv2', example=_example, input_shape=())
+
+def _noisy() -> tuple[Tensor, ...]:
+    "Tokens of two pictures, times, classes, columns and rows, mask, sizes: 3 x 5 tokens, and 2 x 5 with padding."
+    x = torch.randn(2, 15, 4, generator=torch.Generator().manual_seed(0))
+    grid = torch.stack([torch.arange(15) % 5, torch.arange(15) // 5]).expand(2, 2, 15)
+    mask = torch.tensor([[1] * 15, [1] * 10 + [0] * 5])
+    return x, torch.tensor([.3, .8]), torch.tensor([3, 7]), grid, mask, torch.tensor([[[3, 5]], [[2, 5]]])
+
+_register = dict(part='generation', chapter='fitv2', example=_example, input_shape=(), inputs=_noisy)
 
 @register_model(paper='2410.13925', **_register)
 def fitv2_xl_2(**arguments) -> FiT: return FiT(**arguments)

@@ -719,20 +719,32 @@ def from_official(state_dict: Mapping[str, Tensor], # of transformers' model, it
 _qwen = dict(paper='2502.13923', part='multimodal', chapter='qwen25_vl', input_shape=())
 _small_tower = dict(patch_size=4, window_size=16, embed_dim=32, depth=4, num_heads=2, mlp_hidden=40, full_blocks=(1, 3))
 _small = dict(vocab_size=100, embed_dim=32, depth=2, num_heads=2, num_kv_heads=1, mlp_hidden=48, sections=(2, 3, 3), image_token=91, video_token=92, vision=_small_tower)
-_reads = 'the ids of a token follow from the values of those before it, so that the graph is not known beforehand; the vision tower and the decoder compile'
 
-@register_model(**_qwen, example=_small, compiles=_reads)
+def _patches() -> tuple[Float[Tensor, 'p f'], list]:
+    "Patches of a picture of 6 x 10 and of a clip of 2 x 4 x 4, and their grids."
+    return torch.randn(92, 96, generator=torch.Generator().manual_seed(0)), [(1, 6, 10), (2, 4, 4)]
+
+def _question() -> tuple[Int[Tensor, 'b n'], Float[Tensor, 'p f'], list]:
+    "Words around the places of a picture of 4 x 6 patches, twice."
+    words = torch.tensor([[1, 2, 90, *[91] * 6, 93, 3]] * 2)
+    return words, torch.randn(48, 96, generator=torch.Generator().manual_seed(0)), [(1, 4, 6)] * 2
+
+_reads = 'the ids of a token follow from the values of those before it, so that the graph is not known beforehand; the vision tower and the decoder compile'
+_whole = dict(**_qwen, example=_small, inputs=_question, compiles=_reads)
+_tower = dict(**_qwen, example=_small_tower | dict(out_dim=24), inputs=_patches)
+
+@register_model(**_whole)
 def qwen25_vl_3b(vocab_size: int = 151936, embed_dim: int = 2048, depth: int = 36, num_heads: int = 16, num_kv_heads: int = 2, mlp_hidden: int = 11008, tie_embeddings: bool = True, **arguments) -> Qwen25VL:
     return Qwen25VL(vocab_size, embed_dim, depth, num_heads, num_kv_heads, mlp_hidden, tie_embeddings=tie_embeddings, **arguments)
-@register_model(**_qwen, example=_small, compiles=_reads)
+@register_model(**_whole)
 def qwen25_vl_7b(**arguments) -> Qwen25VL: return Qwen25VL(**arguments)
-@register_model(**_qwen, example=_small, compiles=_reads)
+@register_model(**_whole)
 def qwen25_vl_72b(embed_dim: int = 8192, depth: int = 80, num_heads: int = 64, num_kv_heads: int = 8, mlp_hidden: int = 29568, vision: Mapping[str, Any] = dict(mlp_hidden=3456), **arguments) -> Qwen25VL:
     return Qwen25VL(embed_dim=embed_dim, depth=depth, num_heads=num_heads, num_kv_heads=num_kv_heads, mlp_hidden=mlp_hidden, vision=vision, **arguments)
 
-@register_model(**_qwen, example=_small_tower | dict(out_dim=24))
+@register_model(**_tower)
 def qwen25_vl_3b_vision(out_dim: int = 2048, **arguments) -> Qwen25Vision: return Qwen25Vision(out_dim=out_dim, **arguments)
-@register_model(**_qwen, example=_small_tower | dict(out_dim=24))
+@register_model(**_tower)
 def qwen25_vl_7b_vision(**arguments) -> Qwen25Vision: return Qwen25Vision(**arguments)
-@register_model(**_qwen, example=_small_tower | dict(out_dim=24))
+@register_model(**_tower)
 def qwen25_vl_72b_vision(out_dim: int = 8192, mlp_hidden: int = 3456, **arguments) -> Qwen25Vision: return Qwen25Vision(out_dim=out_dim, mlp_hidden=mlp_hidden, **arguments)

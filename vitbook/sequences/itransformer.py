@@ -377,7 +377,13 @@ class ChannelLinear(nn.Module):
 
 # %% ../../nbs/07_sequences/05_itransformer.ipynb #64797d98
 _example = dict(seq_len=24, pred_len=12, embed_dim=32, num_heads=4, mlp_ratio=2., drop_rate=.1)
-_facts = dict(paper='2310.06625', part='sequences', chapter='itransformer', example=_example, input_shape=())
+
+def _lookback() -> tuple[Float[Tensor, 'b t n'], Float[Tensor, 'b t c']]:
+    "24 steps of five series, and their calendar."
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(2, 24, 5, generator=g), torch.rand(2, 24, 4, generator=g) - .5
+
+_facts = dict(paper='2310.06625', part='sequences', chapter='itransformer', example=_example, input_shape=(), inputs=_lookback)
 _random = _facts | dict(compiles='draws its sample or its hashes with a torch.Generator, which a graph cannot hold')
 
 def _published(arguments: dict[str, Any], **published: Any) -> ITransformer: return ITransformer(**{'mlp_ratio': 1.} | published | arguments)

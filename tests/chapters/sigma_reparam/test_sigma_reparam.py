@@ -16,7 +16,7 @@ from vitbook.see import recording
 from vitbook.vit import VisionTransformer
 
 SMALL = dict(img_size=16, patch_size=4, in_chans=1, num_classes=5, embed_dim=24, depth=2, num_heads=3)
-SHEETS = {s.name: s for s in sheets() if s.name.startswith('sigma_reparam__')}
+SHEETS = {s.name: s for s in sheets('sigma_reparam')}
 blocks_and_side = pytest.mark.parametrize('blocks, side', [(None, 'in'), (None, 'out'), ((8, 4), 'in'), ((8, 4), 'out'), ((4, 4, 4), 'in')])
 
 

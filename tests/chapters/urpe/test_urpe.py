@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from sheets import Sheet, FOLDER
+from sheets import sheets
 from vitbook.dynamics import urpe as U
 from vitbook.layers.attention import attention, masked_softmax
 from vitbook.layers.block import Block
@@ -446,20 +446,23 @@ def build_encoder(config, weights, inputs):
     return {'embedded' if i == 0 else f'layer{i - 1}': x for i, x in enumerate(states)} | dict(last=states[-1], sentence_rep=states[-1][:, 0])
 
 
+SHEETS = {sheet.name: sheet for sheet in sheets('urpe')}
+
+
 @pytest.mark.parametrize('case, build', [('attention', build_attention), ('tiny', build_encoder)])
 @torch.no_grad()
 def test_parity(case, build):
-    sheet = Sheet(FOLDER/f'urpe__{case}.json')
+    sheet = SHEETS[f'urpe__{case}']
     sheet.check(build(sheet.config, sheet.weights(), sheet.inputs()))
 
 
 @torch.no_grad()
 def test_parity_would_see_mistakes():
-    sheet = Sheet(FOLDER/'urpe__tiny.json')
+    sheet = SHEETS['urpe__tiny']
     weights = sheet.weights()
     for name, change in [('ur_rp_bias.weight', lambda w: w.flip(0)), ('rp_bias.weight', lambda w: w.flip(0)), ('ur_rp_bias.weight', torch.ones_like), ('emb_layer_norm.bias', lambda w: 1.02 * w)]:
         with pytest.raises(AssertionError): sheet.check(build_encoder(sheet.config, weights | {name: change(weights[name])}, sheet.inputs()))
-    sheet = Sheet(FOLDER/'urpe__attention.json')
+    sheet = SHEETS['urpe__attention']
     inputs = sheet.inputs()
     with pytest.raises(AssertionError): sheet.check(build_attention(sheet.config, sheet.weights(), inputs | dict(multiplier=inputs['multiplier'].mT)))
 

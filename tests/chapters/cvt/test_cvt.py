@@ -367,7 +367,7 @@ def build_sheet(config, weights):
                  stride_kv=c['STRIDE_KV'], padding_q=c['PADDING_Q'], padding_kv=c['PADDING_KV'], act_layer=act, norm_layer=lambda dim: C.LayerNorm(dim, eps=eps)).from_official(weights)
 
 
-@pytest.mark.parametrize('sheet', [s for s in sheets() if s.name.startswith('cvt__')], ids=lambda s: s.name)
+@pytest.mark.parametrize('sheet', sheets('cvt'), ids=lambda s: s.name)
 @torch.no_grad()
 def test_sheets(sheet):
     model, x = build_sheet(sheet.config, sheet.weights()), sheet.inputs()['x']

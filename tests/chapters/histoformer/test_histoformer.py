@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
+from sheets import answers, sheets
 from vitbook import measure
 from vitbook.data.degradations import restore
 from vitbook.registry import create_model, list_models, model_info
@@ -465,3 +466,14 @@ def test_copies_and_precisions():
     assert_close(copy.deepcopy(block).double()(x.double()).float(), block(x), atol=1e-4, rtol=1e-4)
     for dtype in (torch.bfloat16, torch.float16): assert copy.deepcopy(block).to(dtype)(x.to(dtype)).isfinite().all()
     with torch.autocast('cpu', torch.bfloat16): assert block(x).isfinite().all()
+
+
+@torch.no_grad()
+def test_the_sheet_is_exact_arithmetic_but_for_six_pairs():
+    "In float64 as well, on every machine; and the six are needed: with the orders of exact arithmetic the output is another."
+    sheet, orders_of = next(s for s in sheets('histoformer') if s.name == 'histoformer__tiny'), answers('histoformer').histoformer_orders
+    model, x = H.Histoformer.from_official(sheet.weights()).eval(), sheet.inputs()['x']
+    orders, y = orders_of(model, x)
+    assert (len(orders), sum(o.numel() for o in orders)) == (24, 162_816)
+    sheet.check(dict(y=y), 1e-5)
+    with pytest.raises(AssertionError, match='histoformer__tiny is off'): sheet.check(dict(y=orders_of(model, x, {})[1]))

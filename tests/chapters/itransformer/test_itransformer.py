@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from sheets import sheets
+from sheets import built, sheets
 from vitbook.data.timeseries import Windows, evaluate
 from vitbook.layers.block import Block
 from vitbook.registry import create_model, list_models, model_info
@@ -411,7 +411,5 @@ def test_head_width_can_be_set_as_the_official_floor_does():
 
 @torch.no_grad()
 def test_agrees_with_the_official_code():
-    from test_parity import builder_of
-    found = [s for s in sheets() if s.name.startswith('itransformer')]
-    assert found
-    for sheet in found: sheet.check(builder_of(sheet.name)(sheet.config, sheet.weights(), sheet.inputs()))
+    assert sheets('itransformer')
+    for sheet in sheets('itransformer'): sheet.check(built(sheet))

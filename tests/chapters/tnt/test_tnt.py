@@ -102,13 +102,13 @@ def equations(w, x, config):
 
 
 def ours(config, weights):
-    "As in tests/test_parity.py: every official argument under our name."
+    "As in parity.py: every official argument under our name."
     names = dict(outer_dim='embed_dim', outer_num_heads='num_heads')
     given = {names.get(k, k): tuple(v) if isinstance(v, list) else v for k, v in config.items()} | dict(se=config['se'] > 0, crop=True)
     return T.TNT(**given, inner_blocks=[i for i in range(config['depth']) if f'blocks.{i}.proj.weight' in weights]).from_official(weights)
 
 
-@pytest.mark.parametrize('sheet', [s for s in sheets() if s.name.startswith('tnt__')], ids=lambda s: s.name)
+@pytest.mark.parametrize('sheet', sheets('tnt'), ids=lambda s: s.name)
 def test_parity(sheet):
     with torch.no_grad(): sheet.check(dict(logits=ours(OFFICIAL | sheet.config, sheet.weights())(sheet.inputs()['x'])))
     config = OFFICIAL | sheet.config
