@@ -1,7 +1,7 @@
 """Before anything is imported: one thread, no network, figures without a window, Triton interpreted without a GPU.
 
 VITBOOK_THREADS is another number of threads: to find what hangs on the last bit (CONTRIBUTING, Other processors)."""
-import os, shutil, sys
+import os, shutil, sys, zlib
 from pathlib import Path
 
 THREADS = os.environ.get('VITBOOK_THREADS', '1')
@@ -19,6 +19,48 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 
 settings.register_profile('vitbook', deadline=None, derandomize=True, database=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('vitbook')
+
+
+def pytest_addoption(parser):
+    parser.addoption('--all', action='store_true', help='run every notebook and every chapter\'s tests, also what the lock vouches for')
+    parser.addoption('--chapter', metavar='SLUG', help="only a chapter's own tests: its folder under tests/chapters, and its models in the contract")
+    parser.addoption('--shard', metavar='K/N', help='the K-th of N parts of everything')
+
+
+def pytest_configure(config):
+    if slug := config.getoption('--chapter'): os.environ['VITBOOK_CHAPTER'] = slug      # the contract looks at the models of this chapter alone
+
+
+def chapter_of(item):
+    "The chapter whose own test this is: by its folder, or, for what is dear in the contract, by its model; '' for everybody's."
+    parts = item.path.relative_to(HERE).parts
+    if parts[0] == 'chapters': return parts[1]
+    if not item.get_closest_marker('dear'): return ''
+    from vitbook.registry import model_info
+    return model_info(item.callspec.params['name'])['chapter']
+
+
+def pytest_collection_modifyitems(config, items):
+    """What the lock vouches for is left out of `make test`, unless all is asked for; of a chapter only what is its own.
+
+    The longest files come first, so that two workers end together."""
+    first = ['test_notebooks.py', 'test_api.py', 'test_lab.py', 'test_wheel.py']
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
+    shard = config.getoption('--shard')
+    if shard:
+        k, n = map(int, shard.split('/'))
+        mine = [item for item in items if item.path.name == 'test_notebooks.py' or zlib.crc32(str(item.path.relative_to(HERE)).encode()) % n == k - 1]
+        config.hook.pytest_deselected(items=[item for item in items if item not in {*mine}])
+        items[:] = mine
+    slug, left = config.getoption('--chapter'), []
+    whole = all(Path(name.partition('::')[0]).resolve() == HERE for name in config.args) and not config.option.keyword
+    if slug: left = [item for item in items if chapter_of(item) != slug and not isinstance(getattr(item, 'callspec', None) and item.callspec.params.get('name'), str)]
+    elif whole and not config.getoption('--all'):
+        from plan import stale_tests
+        left = [item for item in items if (own := chapter_of(item)) and own not in stale_tests()]
+    config.hook.pytest_deselected(items=left)
+    gone = {*left}
+    items[:] = [item for item in items if item not in gone]
 
 
 @pytest.fixture(autouse=True)

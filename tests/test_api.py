@@ -2,7 +2,7 @@
 
 A model is built small, from the `example` it registers, and fed pictures of its `input_shape`, or the `inputs` it registers. What depends on the name is tried for every name, what is computed
 once for each small version. What a model cannot do stands with its reason in its registration (`compiles`, `reasons`)."""
-import contextlib, inspect, warnings
+import contextlib, inspect, os, warnings
 from unittest import mock
 
 import pytest
@@ -14,7 +14,8 @@ from torch.testing import assert_close
 from vitbook.registry import create_model, example_inputs, list_models, model_arguments, model_info
 from vitbook.registry import _entry as entry_of
 
-NAMES = list_models()
+CHAPTER = os.environ.get('VITBOOK_CHAPTER')                             # of one chapter only, or of all
+NAMES = [name for name in list_models() if CHAPTER in (None, model_info(name)['chapter'])]
 INFO = {name: entry_of(name) for name in NAMES}                         # the builders themselves, to look at their signatures
 
 
@@ -252,6 +253,7 @@ def shallow(name):
     return dict(depth=1) if INFO[name].example.get('depth') == 2 else {}
 
 
+@pytest.mark.dear
 @small
 def test_compiles_or_says_why_not(name, unchecked):
     "The graph is caught whole, and its gradients too; the code made from it is inductor's business, tried for one model below."
