@@ -4,7 +4,6 @@ A sheet (`tests/chapters/<slug>/parity/<slug>__<case>.json`) names an official m
 its state dict (name -> shape) and holds samples of its outputs. Weights and inputs are not stored: they follow from
 their names by a hash in integer arithmetic, the same on every machine."""
 import functools, importlib.util, inspect, json, os, re, zlib
-from difflib import SequenceMatcher
 from math import prod, sqrt
 from pathlib import Path
 
@@ -47,9 +46,9 @@ def given(name, spec):
 
 
 def alike(ours, theirs):
-    "What two names of an output have in common: their numbers, then their letters, if these are alike at all."
-    letters = SequenceMatcher(None, ours, theirs).ratio()
-    return re.findall(r'\d+', ours) == re.findall(r'\d+', theirs), letters if letters >= .6 else 0.
+    "What two names of an output have in common: whether all numbers, and how many words."
+    words, numbers = ([re.findall(kind, name) for name in (ours, theirs)] for kind in ('[a-z]+', r'\d+'))
+    return numbers[0] == numbers[1], len(set(words[0]) & set(words[1]))
 
 
 class Sheet:
