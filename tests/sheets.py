@@ -1,9 +1,9 @@
 """Parity sheets: what an official implementation computes at tiny size, and a reader that says how far a model is from it.
 
-A sheet (`tests/chapters/<slug>/parity/<slug>__<case>.json`) names an official module and its configuration, lists its state dict (name -> shape) and holds
-samples of its outputs. Weights and inputs are not stored: they follow from their names by a hash in integer arithmetic, the same on every machine."""
+A sheet (`tests/chapters/<slug>/parity/<slug>__<case>.json`) names an official module and its configuration, lists
+its state dict (name -> shape) and holds samples of its outputs. Weights and inputs are not stored: they follow from
+their names by a hash in integer arithmetic, the same on every machine."""
 import functools, importlib.util, inspect, json, os, re, zlib
-from difflib import SequenceMatcher
 from math import prod, sqrt
 from pathlib import Path
 
@@ -46,13 +46,13 @@ def given(name, spec):
 
 
 def alike(ours, theirs):
-    "How much two names of an output have in common: first their numbers, then their letters, if these are alike at all."
-    letters = SequenceMatcher(None, ours, theirs).ratio()
-    return re.findall(r'\d+', ours) == re.findall(r'\d+', theirs), letters if letters >= .6 else 0.
+    "What two names of an output have in common: whether all numbers, and how many words."
+    words, numbers = ([re.findall(kind, name) for name in (ours, theirs)] for kind in ('[a-z]+', r'\d+'))
+    return numbers[0] == numbers[1], len(set(words[0]) & set(words[1]))
 
 
 class Sheet:
-    "One sheet: `config`, `weights()`, `inputs()`, the official class where it says one, and `check(outputs)`."
+    "One sheet: `config`, `weights()`, `inputs()`, the official class if it says one, and `check(outputs)`."
 
     def __init__(self, path):
         self.name, self.data = Path(path).stem, json.loads(Path(path).read_text(encoding='utf-8'))
@@ -61,7 +61,7 @@ class Sheet:
 
     @property
     def module(self):
-        "The official class or function: what the sheet calls so, or the last word of its source if nothing is said about it there."
+        "The official class or function: what the sheet calls so, or the last word of its source; else ''."
         told = self.data.get('module', self.data.get('source', '').split(', ')[-1])
         return told if re.fullmatch(r'[\w.]+', told) else ''
 
@@ -69,17 +69,20 @@ class Sheet:
     def inputs(self): return {name: given(name, spec) for name, spec in self.data['inputs'].items()}
 
     def named(self, outputs):
-        """What a builder gives, under the sheet's names: those it knows, and for every other the one of the same shape whose name is most alike.
+        """What a builder gives, under the sheet's names: its own, or of those of the same shape the most alike.
 
-        A tensor by itself, or the first of a dict, is the module's own result: it is taken where no name is like the sheet's. A wrong choice cannot pass, since values are compared."""
+        A tensor by itself, or the first of a dict, is the module's own result: it is taken where no name is like the
+        sheet's. A wrong choice cannot pass, since values are compared."""
         if isinstance(outputs, torch.Tensor): outputs = dict(y=outputs)
         want = self.data['outputs']
-        pairs = [(theirs, ours) for theirs in want for ours in outputs if list(outputs[ours].shape) == want[theirs]['shape']]
+        pairs = [(theirs, ours) for theirs, spec in want.items()
+                 for ours, value in outputs.items() if list(value.shape) == spec['shape']]
         found = {theirs: outputs[theirs] for theirs, ours in pairs if theirs == ours}
         for theirs, ours in sorted(pairs, key=lambda pair: alike(*pair), reverse=True):
-            if theirs not in found and not any(outputs[ours] is taken for taken in found.values()): found[theirs] = outputs[ours]
-        unfit = {theirs: outputs[theirs] for theirs in want if theirs in outputs} or dict(zip(want, outputs.values()))
-        return unfit | found                                            # those of a wrong shape, so that the report can tell it
+            free = not any(outputs[ours] is taken for taken in found.values())
+            if theirs not in found and free: found[theirs] = outputs[ours]
+        unfit = {name: outputs[name] for name in want if name in outputs} or dict(zip(want, outputs.values()))
+        return unfit | found                                            # with a wrong shape, which the report tells
 
     def errors(self, outputs):
         "Output name -> worst error over the samples, relative to the official rms; inf for a missing output or a wrong shape."
@@ -106,10 +109,13 @@ class Sheet:
 
 
 def sheets(slug=None):
-    "The sheets of a chapter; without a slug those of all, of tests/parity and of the folder that VITBOOK_SHEETS names, where somebody may put others."
-    if slug: return [Sheet(path) for path in sorted((HERE/'chapters'/slug/'parity').glob('*.json'))]
-    folders = [*sorted(HERE.glob('chapters/*/parity')), HERE/'parity', *map(Path, filter(None, [os.environ.get('VITBOOK_SHEETS')]))]
-    return [Sheet(path) for path in {path.stem: path for folder in folders for path in sorted(folder.glob('*.json'))}.values()]
+    """The sheets of a chapter; without a slug, of all.
+
+    And of two folders where somebody may put others: tests/parity, and the one that VITBOOK_SHEETS names."""
+    folders = [HERE/'chapters'/slug/'parity'] if slug else [*sorted(HERE.glob('chapters/*/parity')), HERE/'parity']
+    if not slug and 'VITBOOK_SHEETS' in os.environ: folders.append(Path(os.environ['VITBOOK_SHEETS']))
+    found = {path.stem: path for folder in folders for path in sorted(folder.glob('*.json'))}
+    return [Sheet(path) for path in found.values()]
 
 
 @functools.cache
@@ -125,11 +131,12 @@ def answers(slug):
 
 def builders(slug):
     "Its functions that answer sheets: `<slug>` all of the chapter's, `<slug>__<case>` one."
-    return {name: f for name, f in vars(answers(slug) or object).items() if name.split('__')[0] == slug and callable(f)}
+    there = vars(answers(slug)) if answers(slug) else {}
+    return {name: f for name, f in there.items() if name.split('__')[0] == slug and callable(f)}
 
 
 def builder_of(name):
-    "`build(config, weights, inputs[, module])` for a sheet, which maps the official names to ours; None if there is none."
+    "`build(config, weights, inputs[, module])` for a sheet, which maps the official names to ours, or None."
     known = builders(name.split('__')[0])
     return known.get(name) or known.get(name.split('__')[0])
 

@@ -1,7 +1,8 @@
 """The contract of every registered model: timm's names, shapes, other sizes, training and evaluation, saving, low precision, compilation, gradients, bad input.
 
-A model is built small, from the `example` it registers, and fed pictures of its `input_shape`, or the `inputs` it registers. What depends on the name is tried for every name, what is computed
-once for each small version. What a model cannot do stands with its reason in its registration (`compiles`, `reasons`)."""
+A model is built small, from the `example` it registers, and fed pictures of its `input_shape`, or the `inputs` it
+registers. What depends on the name is tried for every name, what is computed once for each small version. What a model
+cannot do stands with its reason in its registration (`compiles`, `reasons`)."""
 import contextlib, inspect, os, warnings
 from unittest import mock
 
@@ -16,37 +17,38 @@ from vitbook.registry import _entry as entry_of
 
 CHAPTER = os.environ.get('VITBOOK_CHAPTER')                             # of one chapter only, or of all
 NAMES = [name for name in list_models() if CHAPTER in (None, model_info(name)['chapter'])]
-INFO = {name: entry_of(name) for name in NAMES}                         # the builders themselves, to look at their signatures
+INFO = {name: entry_of(name) for name in NAMES}                         # with the builders themselves, to look at
 
 
 def made(name):
     """The class and all constructor arguments of a model's small version, without building it.
 
-    Where that cannot be seen (a builder says no class, or makes another one), the name itself: such a model is like no other."""
+    Where a builder says no class, or makes another one, the name itself: such a model is like no other."""
     build, kind = INFO[name].build, INFO[name].build.__annotations__.get('return')
     calls = []
 
     def record(self, *args, **kw):
         calls.append(signature.bind(self, *args, **kw))
-        raise InterruptedError                                          # nothing in the library raises or catches this one
+        raise InterruptedError                                          # one that nothing in the library catches
 
     if not inspect.isclass(kind): return name
     signature = inspect.signature(kind.__init__)
-    with mock.patch.object(kind, '__init__', record), contextlib.suppress(InterruptedError): build(**INFO[name].example)
+    with mock.patch.object(kind, '__init__', record), contextlib.suppress(InterruptedError):
+        build(**INFO[name].example)
     if not calls: return name
     calls[0].apply_defaults()
     return kind, repr(list(calls[0].arguments.items())[1:])
 
 
 def distinct():
-    "The first name of each small version: the sizes of one model have the same, and what it computes need be tried only once."
+    "The first name of each small version: the sizes of one model have the same."
     return list({made(name): name for name in reversed(NAMES)}.values())[::-1]
 
 
 SMALL = distinct()
 IMAGE = [name for name in NAMES if INFO[name].input_shape]
-every, image = pytest.mark.parametrize('name', NAMES), pytest.mark.parametrize('name', IMAGE)
-small, picture = pytest.mark.parametrize('name', SMALL), pytest.mark.parametrize('name', [name for name in SMALL if name in IMAGE])
+every, image, small = (pytest.mark.parametrize('name', names) for names in (NAMES, IMAGE, SMALL))
+picture = pytest.mark.parametrize('name', [name for name in SMALL if name in IMAGE])
 
 
 def build(name, **more):
@@ -86,7 +88,7 @@ def test_there_are_models(): assert NAMES and NAMES == sorted(set(NAMES)) and IM
 def test_facts(name):
     info = model_info(name)
     assert set(info) >= {'name', 'paper', 'part', 'parameters'} and info['name'] == name and info['parameters'] > 0
-    assert INFO[name].input_shape or INFO[name].inputs, f'{name} takes no pictures: register by `inputs` what it takes'
+    assert INFO[name].input_shape or INFO[name].inputs, f'{name} takes no pictures: register its `inputs`'
     assert name in list_models(part=info['part']) and name in list_models(f'{name[:3]}*')
 
 

@@ -1,7 +1,8 @@
-"""Models agree with the official code, by the sheets of the chapters (`tests/chapters/<slug>/parity`) and of any others that are put into tests/parity or the folder VITBOOK_SHEETS.
+"""Models agree with the official code, by the sheets of the chapters (`tests/chapters/<slug>/parity`) and others.
 
-A sheet without a builder fails: `tests/chapters/<slug>/parity.py` has one function for all sheets of a chapter, see `sheets.builders`."""
-import copy, inspect
+A sheet without a builder fails: `tests/chapters/<slug>/parity.py` has one function for all sheets of a chapter,
+also for those that are put into tests/parity or the folder VITBOOK_SHEETS, see `sheets.builders`."""
+import copy, inspect, shutil
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ SHEETS = {sheet.name: sheet for sheet in sheets()}
 @torch.no_grad()
 def test_sheet(name, record_property):
     slug = name.split('__')[0]
-    assert builder_of(name), f'{name}.json has no builder: tests/chapters/{slug}/parity.py must have a function {slug} or {name}'
+    assert builder_of(name), f'{name}: tests/chapters/{slug}/parity.py must have a function {slug} or {name}'
     worst = SHEETS[name].check(built(SHEETS[name]))
     record_property('worst error / rms', worst)
 
@@ -37,13 +38,17 @@ def test_a_small_mistake_is_seen():
     swapped = weights | {'blocks.1.norm1.weight': weights['blocks.1.norm2.weight']}
     scaled = weights | {'blocks.0.attn.qkv.bias': weights['blocks.0.attn.qkv.bias'] * 1.01}
     for wrong in (swapped, scaled):
-        with pytest.raises(AssertionError, match='vit__tiny is off by'): sheet.check(built(sheet, weights=wrong))
+        outputs = built(sheet, weights=wrong)
+        with pytest.raises(AssertionError, match='vit__tiny is off by'): sheet.check(outputs)
 
 
-@pytest.mark.parametrize('name', [name for name, sheet in SHEETS.items() if sheet.module and 'module' in inspect.signature(builder_of(name)).parameters])
+def asks_for_the_class(name): return builder_of(name) and 'module' in inspect.signature(builder_of(name)).parameters
+
+
+@pytest.mark.parametrize('name', [name for name in SHEETS if SHEETS[name].module and asks_for_the_class(name)])
 @torch.no_grad()
 def test_a_part_is_told_by_its_class_or_by_its_weights(name):
-    "The same numbers whether the sheet's class is known or only the names of the weights tell which part it is."
+    "The same numbers whether the sheet's class is known or only the names of the weights tell the part."
     SHEETS[name].check(built(SHEETS[name], module=''))
 
 
@@ -57,32 +62,36 @@ def of(**shapes):
 def test_outputs_are_found_under_the_sheets_names():
     y, words, maps = torch.zeros(2, 3), torch.zeros(2, 4, 5), [torch.zeros(2, 8, s, s) for s in (8, 4)]
     assert of(velocity=(2, 3)).named(y)['velocity'] is y                 # one result answers one output
-    assert of(out=(2, 3)).named(dict(y=y, y_without_marks=y + 1))['out'] is y    # and so does the first, where no name is like it
-    found = of(out_without_marks=(2, 3), out=(2, 3)).named(dict(y=y, y_without_marks=y + 1))
+    two = dict(y=y, y_without_marks=y + 1)
+    assert of(out=(2, 3)).named(two)['out'] is y                         # and so does the first, where no name is like it
+    found = of(out_without_marks=(2, 3), out=(2, 3)).named(two)
     assert found['out'] is y and found['out_without_marks'][0, 0] == 1
     found = of(feat1=(2, 8, 8, 8), feat2=(2, 8, 4, 4)).named(dict(logits=y, stage0=maps[0], stage1=maps[1]))
     assert found['feat1'] is maps[0] and found['feat2'] is maps[1]       # counted from another number: the shapes tell
-    ours = {f'{what}_stage0_config{c}': torch.full((3, 2), i * 2. + c) for i, what in enumerate(('set_inds', 'set_mask')) for c in (0, 1)}
-    found = of(**{f'set_voxel_{what}_stage0_shift{c}': (3, 2) for what in ('mask', 'inds') for c in (1, 0)}).named(ours)
-    assert {name: v[0, 0].item() for name, v in found.items()} == dict(set_voxel_inds_stage0_shift0=0, set_voxel_inds_stage0_shift1=1, set_voxel_mask_stage0_shift0=2, set_voxel_mask_stage0_shift1=3)
+    names = dict(set_mask_config0='set_voxel_mask_shift0', set_mask_config1='set_voxel_mask_shift1',
+                 set_inds_config0='set_voxel_inds_shift0', set_inds_config1='set_voxel_inds_shift1')
+    ours = {name: torch.full((3, 2), i) for i, name in enumerate(names)}
+    found = of(**dict.fromkeys(reversed(names.values()), (3, 2))).named(ours)
+    assert all(found[theirs] is ours[name] for name, theirs in names.items())
     found = of(words=(2, 4, 6), y=(2, 3)).named(dict(y=y, words=words))
-    assert found['words'] is words and found['y'] is y                   # of a wrong shape under the right name: the report tells
+    assert found['words'] is words and found['y'] is y                   # the right name, of a shape that the report tells
 
 
 def test_the_class_is_what_the_sheet_says():
-    for said, module in {'a/b @ 1, c.py, Net': 'Net', 'a/b @ 1, c.py, Net.part': 'Net.part', 'a/b @ 1, c.py, Net (first block)': ''}.items():
-        sheet = of(y=(1,))
-        sheet.data = sheet.data | dict(source=said)
+    sheet = of(y=(1,))
+    for said, module in {'Net': 'Net', 'Net.part': 'Net.part', 'Net (first block)': ''}.items():
+        sheet.data = sheet.data | dict(source=f'a/b @ 1, c.py, {said}')
         assert sheet.module == module
     sheet.data['module'] = 'Block'
     assert sheet.module == 'Block'
 
 
 def test_sheets_of_others_are_read_too(tmp_path, monkeypatch):
-    (tmp_path/'urpe__other.json').write_text((HERE/'chapters'/'urpe'/'parity'/'urpe__tiny.json').read_text())
+    shutil.copy(HERE/'chapters'/'urpe'/'parity'/'urpe__tiny.json', tmp_path/'urpe__other.json')
     monkeypatch.setenv('VITBOOK_SHEETS', str(tmp_path))
-    found = {sheet.name for sheet in sheets()}
-    assert found >= {'urpe__other', 'urpe__tiny'} and 'urpe__other' not in {sheet.name for sheet in sheets('urpe')} and builder_of('urpe__other') is builder_of('urpe')
+    assert {sheet.name for sheet in sheets()} >= {'urpe__other', 'urpe__tiny'}
+    assert 'urpe__other' not in {sheet.name for sheet in sheets('urpe')}
+    assert builder_of('urpe__other') is builder_of('urpe__tiny')
 
 
 def test_the_report_sees_missing_outputs_shapes_and_nan():

@@ -1,4 +1,4 @@
-"""The models of the book by name, as the chapters register them. Made by `make export`, not to be edited."""
+"""The models of the book by name. Made by `make export`, not to be edited."""
 
 MODELS = {
 'crossformer_base': {'name': 'crossformer_base',

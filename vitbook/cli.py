@@ -86,15 +86,17 @@ def _chapters(a):
 
 # %% ../nbs/00_foundations/15_command_line.ipynb #7eba9308
 def nearest(pattern: str, names: Sequence[str]) -> list[str]:
-    "The names most like `pattern`; where it has a wildcard, patterns whose letters before it are most like those of `pattern`."
+    """The names most like `pattern`.
+
+    Where it has a wildcard, patterns whose letters before it are most like those of `pattern`."""
     stem = re.match(r'[^*?[]*', pattern)[0]
     if not stem or stem == pattern: return get_close_matches(pattern, names, n=3, cutoff=.4)
     starts = {name[:len(stem)] for name in names}
-    swapped = [f'{start}*' for start in sorted(starts) if sorted(start) == sorted(stem)]        # the same letters in another order
+    swapped = [f'{start}*' for start in sorted(starts) if sorted(start) == sorted(stem)]
     return swapped or [f'{start}*' for start in get_close_matches(stem, starts, n=2, cutoff=.5)]
 
 def _models(a):
-    from vitbook._models import MODELS        # the index itself: vitbook.registry would import torch, which takes seconds
+    from vitbook._models import MODELS        # not by vitbook.registry: importing torch takes seconds
     rows = list(MODELS.values())
     parts = list(dict.fromkeys(r['part'] for r in rows))
     if a.part and a.part not in parts: raise BookError(f'no model belongs to a part named {a.part!r}: there are {", ".join(parts)}')

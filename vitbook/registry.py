@@ -22,8 +22,8 @@ class Entry(NamedTuple):
     paper: str               # arXiv id
     part: str                # of the book: 'backbones', 'tokens' …
     chapter: str             # slug of the notebook that makes it
-    example: dict            # constructor arguments of a small version, for tests and demonstrations
-    input_shape: tuple       # of one sample of the small version, without the batch; () if it is no image model
+    example: dict            # constructor arguments of a small version, for tests and to show
+    input_shape: tuple       # of one of its samples, without the batch; () if it is no image model
     inputs: Callable[[], tuple] | None  # what the small version takes, if it takes no pictures
     compiles: bool | str     # torch.compile works, or why it does not
     reasons: dict[str, str]  # what else does not work, and why
@@ -32,12 +32,12 @@ _entries: dict[str, Entry] = {}
 
 # %% ../nbs/00_foundations/08_registry.ipynb #95f36a6e
 def _owner(build: Callable[..., nn.Module]) -> str | None:
-    "The module that has the builder's name already, unless one of the two stands in a notebook's cell."
+    "The module that has the builder's name already, unless one of the two is a notebook's cell."
     name, home, old = build.__name__, build.__module__, _entries.get(build.__name__)
     if old is not None:
         same = (old.build.__module__, old.build.__qualname__) == (home, build.__qualname__)
         return None if same or '__main__' in (home, old.build.__module__) else old.build.__module__
-    if home == '__main__' or home.startswith('vitbook.'): return None     # the index may be older than the book
+    if home == '__main__' or home.startswith('vitbook.'): return None     # the index may be older
     return _index()[name]['module'] if name in _index() else None
 
 def register_model(build: Callable[..., nn.Module] | None = None, # a function named like the model that builds it
@@ -47,39 +47,41 @@ def register_model(build: Callable[..., nn.Module] | None = None, # a function n
                    chapter: str,
                    example: dict,
                    input_shape: tuple = (3, 32, 32),
-                   inputs: Callable[[], tuple] | None = None,     # () -> what the small version takes, for models without pictures
+                   inputs: Callable[[], tuple] | None = None, # for a model that takes no pictures
                    compiles: bool | str = True,
-                   reasons: Mapping[str, str] | None = None,      # what else does not work -> why, as in {'float16': '…'}
+                   reasons: Mapping[str, str] | None = None,  # what else does not work -> why
                    ) -> Callable:
     "Decorator: make a function's name one that `create_model` knows. ValueError if another function has the name already."
     if build is None:
-        return functools.partial(register_model, paper=paper, part=part, chapter=chapter, example=example,
-                                 input_shape=input_shape, inputs=inputs, compiles=compiles, reasons=reasons)
+        return functools.partial(
+            register_model, paper=paper, part=part, chapter=chapter, example=example,
+            input_shape=input_shape, inputs=inputs, compiles=compiles, reasons=reasons)
     name, owner = build.__name__, _owner(build)
     if owner: raise ValueError(f'model {name!r} is registered already, by {owner}')
     swallowed = [p.name for p in inspect.signature(build).parameters.values() if p.kind == p.VAR_POSITIONAL]
     if swallowed: raise ValueError(f'{name} must name its arguments, got *{swallowed[0]}')
-    _entries[name] = Entry(name, build, paper, part, chapter, dict(example), tuple(input_shape), inputs, compiles, dict(reasons or {}))
+    _entries[name] = Entry(name, build, paper, part, chapter, dict(example), tuple(input_shape), inputs,
+                           compiles, dict(reasons or {}))
     return build
 
 # %% ../nbs/00_foundations/08_registry.ipynb #f72e3d67
 PARTS = ('dynamics', 'mixers', 'backbones', 'tokens', 'detection', 'restoration', 'sequences', 'generation', 'multimodal')
 
 def _index() -> dict[str, dict[str, Any]]:
-    "The made table: name -> what `model_info` answers. Read only when a name is looked up that no imported module has."
+    "The made table, name -> facts; read when a name is looked up that no imported module has."
     from vitbook._models import MODELS
     return MODELS
 
 def _modules() -> dict[str, Path]:
-    "Names and files of the modules that may register models. This file depends on none of them, they import it."
+    "Names and files of the modules that may register models; they import this file, not it them."
     home = Path(importlib.util.find_spec('vitbook').origin).parent
-    files = [home/'vit.py', *(path for part in PARTS for path in sorted((home/part).glob('[!_]*.py')))]
-    return {'.'.join(('vitbook', *path.relative_to(home).with_suffix('').parts)): path for path in files}
+    paths = [path for part in PARTS for path in sorted((home/part).glob('[!_]*.py'))]
+    return {'vitbook.vit': home/'vit.py'} | {f'vitbook.{p.parent.name}.{p.stem}': p for p in paths}
 
 def _import_home(name: str):
-    "Import the module that has the model: the one that the index says, else those that define such a function."
+    "Import the module of a model: what the index says, else those that define such a function."
     if name in _index(): homes = [_index()[name]['module']]
-    else: homes = [m for m, path in _modules().items() if f'\ndef {name}(' in path.read_text(encoding='utf-8')]
+    else: homes = [m for m, p in _modules().items() if f'\ndef {name}(' in p.read_text(encoding='utf-8')]
     for module in homes: importlib.import_module(module)
 
 # %% ../nbs/00_foundations/08_registry.ipynb #5f10ea05
@@ -104,7 +106,8 @@ def model_arguments(build: Callable[..., nn.Module]) -> dict[str, Any]:
 def _entry(name: str) -> Entry:
     "The entry of a model; its module is imported if it was not yet."
     if name not in _entries: _import_home(name)
-    if name not in _entries: raise ValueError(f'no model is named {name!r}{did_you_mean(name, list_models())}')
+    if name not in _entries:
+        raise ValueError(f'no model is named {name!r}{did_you_mean(name, list_models())}')
     return _entries[name]
 
 def create_model(name: str,                   # one of `list_models()`
@@ -129,11 +132,12 @@ def list_models(pattern: str = '*',       # shell-style, as in 'vit_*'
                 part: str | None = None,  # only of this part of the book
                ) -> list[str]:
     "Names of the models, sorted: those of the index, and those registered since."
-    parts = {name: row['part'] for name, row in _index().items()} | {e.name: e.part for e in _entries.values()}
-    return sorted(name for name, of in parts.items() if fnmatch.fnmatch(name, pattern) and part in (None, of))
+    parts = {name: row['part'] for name, row in _index().items()}
+    parts |= {e.name: e.part for e in _entries.values()}
+    return sorted(k for k, of in parts.items() if fnmatch.fnmatch(k, pattern) and part in (None, of))
 
 def example_inputs(name: str,
-                   batch: int = 2, # pictures; a model that takes none has inputs of its own, of two samples
+                   batch: int = 2, # so many pictures; other inputs are of two samples
                   ) -> tuple:
     "What goes into the small version of a model, the same at every call."
     entry = _entry(name)
@@ -143,16 +147,19 @@ def example_inputs(name: str,
 
 # %% ../nbs/00_foundations/08_registry.ipynb #ebf7bfcd
 def count_parameters(build: Callable[..., nn.Module], **arguments: Any) -> int:
-    "Parameters of the model that `build(**arguments)` makes, counted on the meta device: no memory is taken for them."
+    "Parameters of the model that `build(**arguments)` makes, counted without memory for them."
     with torch.device('meta'): return sum(p.numel() for p in build(**arguments).parameters())
 
 def _facts(entry: Entry) -> dict[str, Any]:
-    return dict(name=entry.name, paper=f'arXiv:{entry.paper}', part=entry.part, chapter=entry.chapter,
-                module=entry.build.__module__, parameters=count_parameters(entry.build), example=dict(entry.example),
-                input_shape=entry.input_shape, compiles=entry.compiles, reasons=dict(entry.reasons))
+    return dict(
+        name=entry.name, paper=f'arXiv:{entry.paper}', part=entry.part, chapter=entry.chapter,
+        module=entry.build.__module__, parameters=count_parameters(entry.build), example=dict(entry.example),
+        input_shape=entry.input_shape, compiles=entry.compiles, reasons=dict(entry.reasons))
 
 def model_info(name: str) -> dict[str, Any]:
-    "Paper, part, chapter, module, parameters, and the small version; for a model of the book from the index, so that nothing is imported or built."
+    """Paper, part, chapter, module, parameters, and the small version.
+
+    For a model of the book from the index, so that nothing is imported or built."""
     entry = _entries.get(name)
     if entry is None or entry.build.__module__.startswith('vitbook.'):
         if name in _index(): return copy.deepcopy(_index()[name])
@@ -163,14 +170,15 @@ def model_info(name: str) -> dict[str, Any]:
 def make_index() -> dict[str, dict[str, Any]]:
     "Name -> facts of every model that the book's modules register, sorted by name."
     for module in _modules(): importlib.import_module(module)
-    return {name: _facts(e) for name, e in sorted(_entries.items()) if e.build.__module__.startswith('vitbook.')}
+    ours = [e for _, e in sorted(_entries.items()) if e.build.__module__.startswith('vitbook.')]
+    return {e.name: _facts(e) for e in ours}
 
-def write_index(path: str | Path | None = None): # None: where the package looks for it, `vitbook/_models.py`
+def write_index(path: str | Path | None = None): # None: `vitbook/_models.py`, where it is looked for
     "Write the index that `create_model`, `list_models` and `model_info` read."
     if path is None: path = Path(importlib.util.find_spec('vitbook').origin).with_name('_models.py')
-    head = '"""The models of the book by name, as the chapters register them. Made by `make export`, not to be edited."""'
-    rows = ''.join(f'{name!r}: {pprint.pformat(row, width=108, sort_dicts=False)},\n' for name, row in make_index().items())
-    Path(path).write_text(f'{head}\n\nMODELS = {{\n{rows}}}\n', encoding='utf-8')
+    head = '"""The models of the book by name. Made by `make export`, not to be edited."""'
+    rows = [f'{k!r}: {pprint.pformat(row, width=108, sort_dicts=False)},\n' for k, row in make_index().items()]
+    Path(path).write_text(f'{head}\n\nMODELS = {{\n{"".join(rows)}}}\n', encoding='utf-8')
 
 # %% ../nbs/00_foundations/08_registry.ipynb #20523ed2
 def load_weights(model: nn.Module,

@@ -723,7 +723,8 @@ def dsvt_nuscenes_pillar(grid: Triple = (360, 360, 1), embed_dim: int | Sequence
     return DSVT(grid, embed_dim, set_size=set_size, windows=windows, hybrid_factor=hybrid_factor, shifts=shifts, **arguments)
 @register_model(**_detector, example={k: v for k, v in _small.items() if k != 'grid'} | _small_detector)
 def dsvt_waymo_pillar_detector(**arguments) -> DSVTDetector: return DSVTDetector(**arguments)
-@register_model(**_detector, example={k: v for k, v in _small_voxel.items() if k != 'grid'} | _small_detector | dict(voxel_size=(1., 1., .75)))
+@register_model(**_detector, example={k: v for k, v in _small_voxel.items() if k != 'grid'} | _small_detector
+                                     | dict(voxel_size=(1., 1., .75)))
 def dsvt_waymo_voxel_detector(voxel_size: Sequence[float] = (.32, .32, .1875), depths: Sequence[int] = _VOXEL['depths'], set_size: int | Sequence[int] = 48, windows: Sequence[Triple] = _VOXEL['windows'],
                               shifts: Sequence[Sequence[Triple]] = _VOXEL['shifts'], pool_strides: Sequence[Triple] = _VOXEL['pool_strides'], **arguments) -> DSVTDetector:
     return DSVTDetector(voxel_size, depths=depths, set_size=set_size, windows=windows, shifts=shifts, pool_strides=pool_strides, **arguments)

@@ -657,7 +657,8 @@ def _words() -> tuple[Int[Tensor, 'b n']]:
     "Two sentences of twelve words."
     return torch.randint(2, 40, (2, 12), generator=torch.Generator().manual_seed(0)),
 
-_text = dict(**_facts, example=dict(vocab_size=40, max_len=16, embed_dim=48, depth=2, num_heads=3), input_shape=(), inputs=_words)
+_text = dict(**_facts, example=dict(vocab_size=40, max_len=16, embed_dim=48, depth=2, num_heads=3), input_shape=(),
+             inputs=_words)
 _image = dict(**_facts, example=dict(img_size=32, patch_size=8, num_classes=10, embed_dim=48, depth=2, num_heads=3))
 
 @register_model(**_text)

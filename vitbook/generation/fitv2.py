@@ -504,7 +504,7 @@ class FiT(_Packed, nn.Module):
 _example = dict(patch_size=2, in_chans=1, num_classes=10, embed_dim=32, depth=2, num_heads=2)
 
 def _noisy() -> tuple[Tensor, ...]:
-    "Tokens of two pictures, times, classes, columns and rows, mask, sizes: 3 x 5 tokens, and 2 x 5 with padding."
+    "Tokens of 3 x 5 and 2 x 5, padded; times, classes, columns and rows, mask, sizes."
     x = torch.randn(2, 15, 4, generator=torch.Generator().manual_seed(0))
     grid = torch.stack([torch.arange(15) % 5, torch.arange(15) // 5]).expand(2, 2, 15)
     mask = torch.tensor([[1] * 15, [1] * 10 + [0] * 5])

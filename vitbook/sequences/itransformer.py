@@ -383,7 +383,8 @@ def _lookback() -> tuple[Float[Tensor, 'b t n'], Float[Tensor, 'b t c']]:
     g = torch.Generator().manual_seed(0)
     return torch.randn(2, 24, 5, generator=g), torch.rand(2, 24, 4, generator=g) - .5
 
-_facts = dict(paper='2310.06625', part='sequences', chapter='itransformer', example=_example, input_shape=(), inputs=_lookback)
+_facts = dict(paper='2310.06625', part='sequences', chapter='itransformer', example=_example, input_shape=(),
+              inputs=_lookback)
 _random = _facts | dict(compiles='draws its sample or its hashes with a torch.Generator, which a graph cannot hold')
 
 def _published(arguments: dict[str, Any], **published: Any) -> ITransformer: return ITransformer(**{'mlp_ratio': 1.} | published | arguments)
