@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETUP', 'left_out', 'LeaveOut', 'with_setup', 'load_ipython_extension', 'unload_ipython_extension', 'official_code',
-           'checkout', 'gen', 'noisy', 'refused', 'says']
+           'checkout', 'shipped', 'gen', 'noisy', 'refused', 'says']
 
 # %% ../nbs/00_foundations/22_lab.ipynb #ef1c15cc
 import contextlib, os
@@ -91,6 +91,11 @@ def checkout() -> Path | None:
     for start in (Path.cwd(), Path(__file__).parent):
         with contextlib.suppress(BookError): return find_root(start)
     return None
+
+def shipped() -> Path:
+    "The folder `data` of the checkout, or what the installed library has of it."
+    root = checkout()
+    return root/'data' if root else Path(__file__).parent/'_data'
 
 # %% ../nbs/00_foundations/22_lab.ipynb #6627fcf8
 def gen(seed: int) -> torch.Generator:
