@@ -1,4 +1,4 @@
-"""`vitbook.lab`: what is left out of a Run All, the first cell of every notebook, and the helpers of the chapters."""
+"""`vitbook.lab`: what is left out of a Run All, the first cell of every notebook, the chapters' helpers."""
 import json, re, sys
 
 import pytest
@@ -33,14 +33,21 @@ def shell(monkeypatch):
 SLOW = '#| label: fig-a\n#| slow\nx = 1\n'
 
 
-@pytest.mark.parametrize('source', ['x = 1', '', '#| label: fig-a\n#| fig-cap: A slow walk\nx = 1', 'x = 1\n#| slow', "s = '''\n#| slow\n'''", '# slow\nx = 1', '#| eval: true\nx = 1'])
+ORDINARY = ('x = 1', '', '#| label: fig-a\n#| fig-cap: A slow walk\nx = 1', 'x = 1\n#| slow',
+            "s = '''\n#| slow\n'''", '# slow\nx = 1', '#| eval: true\nx = 1')
+OTHER = (('#| slow\nx', False, ['slow', '%slow on', 'VITBOOK_SLOW=1', '--slow']),
+         ('#| slow: 2 hours\nx', False, ['2 hours']),
+         ('\n#|slow\nx', False, ['slow']), ('#| eval: false\nx', True, ['eval: false']),
+         ('#| slow\n#| eval: false\nx', True, ['eval: false']))
+
+
+@pytest.mark.parametrize('source', ORDINARY)
 def test_ordinary_cells_stay_as_they_are(shell, source):
     lab.load_ipython_extension(shell)
     assert lab.left_out(source) is None and shell.seen(source) == source
 
 
-@pytest.mark.parametrize('source, slow, words', [('#| slow\nx', False, ['slow', '%slow on', 'VITBOOK_SLOW=1', '--slow']), ('#| slow: 2 hours\nx', False, ['2 hours']),
-                                                 ('\n#|slow\nx', False, ['slow']), ('#| eval: false\nx', True, ['eval: false']), ('#| slow\n#| eval: false\nx', True, ['eval: false'])])
+@pytest.mark.parametrize('source, slow, words', OTHER)
 def test_what_is_left_out_says_so_in_a_line(source, slow, words):
     line = lab.left_out(source, slow)
     assert all(word in line for word in words) and '\n' not in line
@@ -63,9 +70,12 @@ def test_the_magic(shell, capsys):
     assert shell.seen(SLOW) == SLOW
     magic('')
     magic('off')
-    assert shell.seen(SLOW) == line and capsys.readouterr().out.splitlines() == ['slow cells run', 'slow cells run', 'slow cells are left out']
+    assert shell.seen(SLOW) == line
+    said = capsys.readouterr().out.splitlines()
+    assert said == ['slow cells run', 'slow cells run', 'slow cells are left out']
     from IPython.core.error import UsageError
-    with pytest.raises(UsageError, match="got 'yes'"): magic('yes')
+    with pytest.raises(UsageError, match="got 'yes'"):
+        magic('yes')
     assert shell.seen(SLOW) == line
 
 
@@ -79,7 +89,8 @@ def test_the_environment(shell, monkeypatch, value, runs):
 def test_loading_twice_and_unloading(shell):
     other = lambda lines: lines
     shell.input_transformers_cleanup.append(other)
-    for _ in range(2): lab.load_ipython_extension(shell)
+    for _ in range(2):
+        lab.load_ipython_extension(shell)
     assert len(shell.input_transformers_cleanup) == 2
     shell.magics['slow']('on')
     assert shell.seen(SLOW) == SLOW, 'the magic belongs to the step that is there'
@@ -95,13 +106,20 @@ def test_under_vitbook_run_nothing_changes(shell, monkeypatch):
 
 def test_in_a_real_ipython():
     "The first cell as it stands, then cells; what is missing is one sentence."
-    cells = [lab.SETUP, '#| slow\nprint("unwanted")', '%slow', '%slow on', '#| slow\nprint("wanted")', 'from vitbook.lab import *\nofficial_code("a.py")', '%slow perhaps']
-    program = ('import json, os, sys\nos.environ.pop("VITBOOK_RUN", None)\nfrom IPython.core.interactiveshell import InteractiveShell\n'
-               'ip = InteractiveShell.instance(colors="NoColor")\nfor cell in json.loads(sys.argv[1]): ip.run_cell(cell)')
-    done = run(sys.executable, '-c', program, json.dumps(cells), PYTHONPATH=str(ROOT), VITBOOK_SLOW='', VITBOOK_OFFICIAL='')
+    cells = [lab.SETUP, '#| slow\nprint("unwanted")', '%slow', '%slow on', '#| slow\nprint("wanted")',
+             'from vitbook.lab import *\nofficial_code("a.py")', '%slow perhaps']
+    program = ('import json, os, sys\n'
+               'from IPython.core.interactiveshell import InteractiveShell\n'
+               'os.environ.pop("VITBOOK_RUN", None)\n'
+               'ip = InteractiveShell.instance(colors="NoColor")\n'
+               'for cell in json.loads(sys.argv[1]): ip.run_cell(cell)')
+    extra = dict(PYTHONPATH=str(ROOT), VITBOOK_SLOW='', VITBOOK_OFFICIAL='')
+    done = run(sys.executable, '-c', program, json.dumps(cells), **extra)
     lines = (done.stdout + done.stderr).strip().splitlines()
-    assert lines[0].startswith('Left out: a slow cell') and lines[1:4] == ['slow cells are left out', 'slow cells run', 'wanted']
-    assert lines[4].startswith('NotHere: this cell needs a.py') and lines[5].startswith('UsageError: %slow takes on or off') and len(lines) == 6
+    assert lines[0].startswith('Left out: a slow cell')
+    assert lines[1:4] == ['slow cells are left out', 'slow cells run', 'wanted']
+    assert lines[4].startswith('NotHere: this cell needs a.py')
+    assert lines[5].startswith('UsageError: %slow takes on or off') and len(lines) == 6
 
 
 # ---- the first cell
@@ -111,16 +129,19 @@ def test_every_notebook_has_the_first_cell(notebook):
     title, cell = notebook.cells[:2]
     assert title['cell_type'] == 'markdown' and cell['cell_type'] == 'code' and cell['id'] == 'setup'
     assert cell['source'] == lab.SETUP, 'vitbook.lab.with_setup renews it'
-    assert '%load_ext' not in ''.join(c['source'] for c in notebook.cells[2:] if c['cell_type'] == 'code' and notebook.slug != 'lab')
+    rest = ''.join(c['source'] for c in notebook.code[1:])
+    assert notebook.slug == 'lab' or '%load_ext vitbook' not in rest
     raw = json.loads(notebook.path.read_text(encoding='utf-8'))
     assert lab.with_setup(raw)['cells'] == raw['cells'], 'with_setup changes nothing more'
 
 
 def test_the_first_cell_is_put_in_and_renewed():
-    cells = [dict(cell_type='markdown', id='a', metadata={}, source=['# T']), dict(cell_type='code', id='b', metadata={}, source=['x'], outputs=[], execution_count=None)]
+    cells = [dict(cell_type='markdown', id='a', metadata={}, source=['# T']),
+             dict(cell_type='code', id='b', metadata={}, source=['x'], outputs=[], execution_count=None)]
     nb = dict(cells=cells, metadata=dict(m=1), nbformat=4, nbformat_minor=5)
     new = lab.with_setup(nb)
-    assert [c['id'] for c in new['cells']] == ['a', 'setup', 'b'] and len(nb['cells']) == 2 and new['metadata'] == dict(m=1)
+    assert [c['id'] for c in new['cells']] == ['a', 'setup', 'b'] and new['metadata'] == dict(m=1)
+    assert len(nb['cells']) == 2, 'the given notebook stays as it is'
     assert ''.join(new['cells'][1]['source']) == lab.SETUP
     old = dict(nb, cells=[cells[0], cells[1], dict(new['cells'][1], source=['import os'])])
     assert lab.with_setup(old) == new == lab.with_setup(new)
@@ -144,7 +165,8 @@ def test_the_library_is_installed_only_where_it_is_missing(monkeypatch):
 # ---- what may be missing
 
 def test_official_code(shell, monkeypatch, tmp_path):
-    for files, words in ((('a.py', 'b.py'), 'a.py, b.py of the official code'), ((), "the papers' official code")):
+    two = ('a.py', 'b.py')
+    for files, words in ((two, 'a.py, b.py of the official code'), ((), "the papers' official code")):
         with pytest.raises(NotHere, match=re.escape(words)) as e: lab.official_code(*files)
         assert 'VITBOOK_OFFICIAL' in str(e.value) and '\n' not in str(e.value)
     monkeypatch.setenv('VITBOOK_OFFICIAL', str(tmp_path))
@@ -170,7 +192,8 @@ def test_checkout_and_what_is_shipped(monkeypatch, tmp_path):
 # ---- the helpers
 
 def test_gen():
-    assert torch.randn(5, generator=lab.gen(3)).equal(torch.randn(5, generator=torch.Generator().manual_seed(3)))
+    plain = torch.Generator().manual_seed(3)
+    assert torch.randn(5, generator=lab.gen(3)).equal(torch.randn(5, generator=plain))
     assert not torch.randn(5, generator=lab.gen(3)).equal(torch.randn(5, generator=lab.gen(4)))
 
 
@@ -182,7 +205,8 @@ def test_noisy():
     net = zeros()
     assert lab.noisy(net, .5, seed=1) is net and net.training
     values = torch.cat([p.detach().flatten() for p in net.parameters()])
-    assert (values != 0).all() and abs(values.std().item() - .5) < .02 and all(p.requires_grad and p.grad_fn is None for p in net.parameters())
+    assert (values != 0).all() and abs(values.std().item() - .5) < .02
+    assert all(p.requires_grad and p.grad_fn is None for p in net.parameters())
     assert not net[0].weight.equal(net[1].weight), 'like shapes get numbers of their own'
     same, other = lab.noisy(zeros(), .5, seed=1), lab.noisy(zeros(), .5, seed=2)
     assert same[0].weight.equal(net[0].weight) and not other[0].weight.equal(net[0].weight)
@@ -191,15 +215,22 @@ def test_noisy():
 
 def test_refused_and_says(capsys):
     def wrong(): raise ValueError('wanted four, got five')
-    assert lab.refused(wrong) == lab.refused(wrong, 'four', 'five') == 'wanted four, got five' and capsys.readouterr().out == ''
-    assert lab.says(wrong, 'four') == 'wanted four, got five' and capsys.readouterr().out == 'ValueError: wanted four, got five\n'
-    for check in (lab.refused, lab.says):
-        with pytest.raises(AssertionError, match='nothing was refused'): check(lambda: None)
-        with pytest.raises(AssertionError, match='six is not in the message: wanted four'): check(wrong, 'four', 'six')
-        with pytest.raises(KeyError): check(lambda: {}['a'])
-        with pytest.raises(ValueError): check(wrong, kinds=(KeyError, TypeError))
+    assert lab.refused(wrong) == lab.refused(wrong, 'four', 'five') == 'wanted four, got five'
     assert capsys.readouterr().out == ''
-    assert lab.says(lambda: {}['a'], kinds=(KeyError, TypeError)) == "'a'" and capsys.readouterr().out == "KeyError: 'a'\n"
+    assert lab.says(wrong, 'four') == 'wanted four, got five'
+    assert capsys.readouterr().out == 'ValueError: wanted four, got five\n'
+    for check in (lab.refused, lab.says):
+        with pytest.raises(AssertionError, match='nothing was refused'):
+            check(lambda: None)
+        with pytest.raises(AssertionError, match='six is not in the message: wanted four'):
+            check(wrong, 'four', 'six')
+        with pytest.raises(KeyError):
+            check(lambda: {}['a'])
+        with pytest.raises(ValueError):
+            check(wrong, kinds=(KeyError, TypeError))
+    assert capsys.readouterr().out == ''
+    assert lab.says(lambda: {}['a'], kinds=(KeyError, TypeError)) == "'a'"
+    assert capsys.readouterr().out == "KeyError: 'a'\n"
 
 
 def test_notebooks_define_none_of_them():
