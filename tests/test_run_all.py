@@ -63,7 +63,8 @@ def test_a_cell_of_each_kind(site, tmp_path):
     "What is left out says so in a line, `%slow on` is obeyed, what is missing is told in a sentence."
     name = toy(tmp_path, WHERE, '#| slow: about an hour\nwhile True: pass', '#| cuda\nprint("on a GPU")',
                '#| eval: false\nraise SystemExit', "print('ordinary')",
-               "#| label: fig-a\n#| slow\nprint('not wanted')", '%slow on', "#| label: fig-a\n#| slow\nprint('wanted')",
+               "#| label: fig-a\n#| slow\nprint('not wanted')",
+               '%slow on', "#| label: fig-a\n#| slow\nprint('wanted')",
                OUTSIDE, MISSING.format("official_code('model.py')"), DATA + MISSING.format('cifar10()'))
     cells = run_alone(name, tmp_path, site)[2:]
     where, slow, cuda, shown, ordinary, again, _, wanted, outside, official, data = cells
