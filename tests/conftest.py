@@ -77,6 +77,16 @@ def bare(tmp_path_factory):
     return bare_environment(tmp_path_factory.mktemp('bare')/'env')
 
 
+@pytest.fixture(scope='session')
+def built(tmp_path_factory):
+    "The files of `python -m build`: the sdist, and the wheel made from that sdist."
+    from tools import copy_of_repo, run
+    copy, out = copy_of_repo(tmp_path_factory.mktemp('wheel')/'repo'), tmp_path_factory.mktemp('dist')
+    run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, cwd=copy, PYTHONPATH='')
+    (sdist,), (wheel,) = out.glob('*.tar.gz'), out.glob('*.whl')
+    return sdist, wheel
+
+
 @pytest.fixture
 def unchecked():
     "The shape checks of the test run switched off: what a user sees, who has no import hook."

@@ -6,8 +6,8 @@ import pytest
 
 from tools import CHAPTERS, NEEDED, ROOT, copy_of_repo, dotted, exported, imports, modules, notebooks, run
 
-MIDDLE = {'bench', 'vit', 'registry', 'backbone', 'train', 'see', 'measure', 'data', 'flow'}
-TOP = {'cli', 'book'}
+MIDDLE = {'bench', 'book', 'lab', 'vit', 'registry', 'backbone', 'train', 'see', 'measure', 'data', 'flow'}
+TOP = {'cli'}
 
 
 def tree(folder, suffix): return {str(path.relative_to(folder)) for path in folder.rglob(f'*{suffix}') if '__pycache__' not in path.parts}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['stratified', 'Pictures', 'digits', 'square', 'pictures', 'tokenize', 'Vocabulary', 'text', 'wikitext2', 'Series',
-           'series', 'ett', 'bounce', 'moving_digits', 'Scenes', 'shapes', 'textures', 'manifest', 'places', 'locate',
-           'find', 'cifar10', 'download', 'verify', 'listing', 'fetch']
+           'series', 'ett', 'bounce', 'moving_digits', 'Scenes', 'shapes', 'textures', 'manifest', 'places', 'NotHere',
+           'locate', 'find', 'cifar10', 'download', 'verify', 'listing', 'fetch']
 
 # %% ../../nbs/00_foundations/10_data.ipynb #e2c25dc5
 import difflib, errno, functools, hashlib, http.client, importlib.util, io, json, math, os, re, sys, urllib.error, urllib.request
@@ -396,6 +396,10 @@ def _file(name: str, path: str | None) -> dict:
     return files[_choose('path', path or next(iter(files)), list(files))]
 
 # %% ../../nbs/00_foundations/10_data.ipynb #10c388ce
+class NotHere(FileNotFoundError):
+    "Something that is not on this machine; the message says how to get it, and a notebook shows nothing else."
+    def _render_traceback_(self) -> list[str]: return [f'{type(self).__name__}: {self}']
+
 def locate(name: str,                 # of a set
            path: str | None = None,   # of one of its files, as the manifest has it; None: the first
            ) -> Path | None:
@@ -405,7 +409,7 @@ def locate(name: str,                 # of a set
     return next((f for f in there if f.stat().st_size in [size for size, _ in _accepted(file)]), None)
 
 def find(name: str, path: str | None = None) -> Path:
-    """As `locate`, but missing is a FileNotFoundError with the three ways out, and a file of a wrong size a ValueError.
+    """As `locate`, but missing is NotHere, a FileNotFoundError, with the three ways out, and a file of a wrong size a ValueError.
 
     Only the size is looked at, which costs nothing; `verify` reads the files."""
     if found := locate(name, path): return found
@@ -414,7 +418,7 @@ def find(name: str, path: str | None = None) -> Path:
         if there.is_file():
             sizes = ' or '.join(str(size) for size, _ in _accepted(file))
             raise ValueError(f'{there}: has {there.stat().st_size} bytes, wanted {sizes}: cut off or altered; delete it and run `vitbook data fetch {name}`')
-    raise FileNotFoundError(f"{name}: {file['path']} is not on this machine: {_ways_out(name)}.")
+    raise NotHere(f"{name}: {file['path']} is not on this machine: {_ways_out(name)}.")
 
 # %% ../../nbs/00_foundations/10_data.ipynb #3c8a17c2
 _CIFAR10 = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
