@@ -65,9 +65,9 @@ def test_what_would_lose_too_much_stays(monkeypatch):
 
 
 def test_transparent_grey_and_palette_pictures_stay():
-    clear = noise(20, 20, 4) // 64 * 64
+    clear = noise(80, 80, 4) // 64 * 64
     assert see.palette_png(png(clear)) == png(clear)
-    assert see.palette_png(png(noise(20, 20))) == png(noise(20, 20))
+    assert see.palette_png(png(noise(80, 80))) == png(noise(80, 80))
     clear[..., 3] = 255
     light = see.palette_png(png(clear))
     assert light != png(clear) and (read(light) == read(png(clear))).all() and see.palette_png(light) == light
