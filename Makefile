@@ -3,15 +3,17 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 ARGS   ?=
+MADE   := $(BIN)/python nbs/_site/contents.py
 
-.PHONY: help book test lab docs bench export clean
+.PHONY: help book test lab docs bench export chapter clean
 help:
 	@echo 'make book   run every chapter; pages and a table of results in _book/   (ARGS="attention --device cuda" for a part of it)'
 	@echo 'make test   all checks                                                  (ARGS="-m \"not book and not lab\"" for a part of them)'
 	@echo 'make lab    the book in JupyterLab'
 	@echo 'make docs   the site in _docs/ (needs Quarto)'
 	@echo 'make bench  the fast paths against their naive forms'
-	@echo 'make export nbs/ -> vitbook/, outputs cleaned'
+	@echo 'make export nbs/ -> vitbook/, lists of chapters, outputs cleaned'
+	@echo 'make chapter SLUG=…  the files of a new chapter'
 	@echo 'make clean  remove what was made'
 
 # Versions that must agree are pinned in settings.ini (`constraints`), the only place for dependencies.
@@ -42,8 +44,12 @@ docs: $(VENV)/.dev
 bench: $(VENV)/.book
 	@$(BIN)/vitbook bench $(ARGS)
 
+# Lists first, so that a list git could not merge is whole again before nbdev reads it; then again, from what was exported.
 export: $(VENV)/.dev
-	@$(BIN)/nbdev_export && $(BIN)/nbdev_clean
+	@$(MADE) && $(BIN)/nbdev_export && $(MADE) && $(BIN)/nbdev_clean
+
+chapter: $(VENV)/.dev
+	@$(MADE) chapter $(SLUG)
 
 clean:
 	rm -rf _book _docs _proc build dist *.egg-info .pytest_cache .hypothesis .quarto

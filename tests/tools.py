@@ -6,7 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
-CHAPTERS = ('dynamics', 'mixers', 'backbones', 'tokens', 'detection', 'restoration', 'sequences', 'generation', 'multimodal')   # parts 01 … 09
+PARTS = json.loads((ROOT/'data'/'parts.json').read_text(encoding='utf-8'))
+CHAPTERS = tuple(part['slug'] for part in PARTS if part['chapters'])      # parts 01 … 09
 NEEDED = ('torch', 'einops', 'numpy', 'jaxtyping', 'safetensors')       # all that the library may need
 
 
