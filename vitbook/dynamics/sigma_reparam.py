@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'NORMS', 'QKV', 'attention_entropy', 'EntropyTrace', 'extremal_logits', 'entropy_bound', 'row_length', 'wide',
-           'exact', 'joined', 'power_step', 'first_vector', 'Sigma', 'check_options', 'SigmaLinear', 'SigmaConv1d',
-           'SigmaConv2d', 'SigmaConv3d', 'SigmaMultiheadAttention', 'sigma_layers', 'drop_norms', 'convert', 'fold',
-           'bypassed', 'spectral_norms', 'from_official', 'adam_update', 'adam_update_bound', 'SigmaVisionTransformer',
-           'sigma_vit_base_patch16_224', 'sigma_vit_large_patch16_224', 'PowerIteration']
+           'exact', 'joined', 'weight_mark', 'power_step', 'first_vector', 'Sigma', 'check_options', 'SigmaLinear',
+           'SigmaConv1d', 'SigmaConv2d', 'SigmaConv3d', 'SigmaMultiheadAttention', 'sigma_layers', 'drop_norms',
+           'convert', 'fold', 'bypassed', 'spectral_norms', 'from_official', 'adam_update', 'adam_update_bound',
+           'SigmaVisionTransformer', 'sigma_vit_base_patch16_224', 'sigma_vit_large_patch16_224', 'PowerIteration']
 
 # %% ../../nbs/01_dynamics/01_sigma_reparam.ipynb #151e7da4
 import fnmatch, math
@@ -97,6 +97,10 @@ def exact(device: torch.device) -> AbstractContextManager:
 def joined(parts: Sequence[Tensor]) -> Tensor:
     "Rows of all blocks; the one block itself, as nearly always."
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
+
+def weight_mark(W: Tensor) -> Float[Tensor, '']:
+    "By which a changed weight is known: torch's own counter of changes does not see those made through `.data`."
+    return W.detach().sum(dtype=wide(W.dtype))
 
 @torch.no_grad()
 def power_step(W: Float[Tensor, '*g o i'],
@@ -201,8 +205,8 @@ class Sigma:
     def step(self) -> tuple[Float[Tensor, 'o'], Float[Tensor, 'k i'], Float[Tensor, 'k']]: # v, u', sigma
         "The estimate of this forward pass. In training mode u moves on, unless a `PowerIteration` has moved it for this very weight already."
         if self.training and self._fresh is not None and not torch.compiler.is_compiling():
-            W, version, estimate = self._fresh
-            if W is getattr(self, self.matrix_name) and version == W._version: return estimate
+            W, mark, estimate = self._fresh
+            if W is getattr(self, self.matrix_name) and torch.equal(weight_mark(W), mark): return estimate
         v, u, sigma = self.gather([power_step(*p) for p in self.parts()])
         if self.training: self.move(v, u)
         return v, u, sigma
@@ -519,4 +523,4 @@ class PowerIteration:
             else: near, far, sigma = zip(*(power_step(w.mT, x) for w, x in zip(W, u.split(first.blocks, 1))))
             far, near, sigma = torch.cat(far, 1), torch.stack(near, 1), torch.stack(sigma, 1)
             torch._foreach_copy_([m.u for m in layers], list((near if first.side == 'in' else far).unbind()))
-            for m, w, *estimate in zip(layers, weights, far.unbind(), near.unbind(), sigma.unbind()): m.__dict__['_fresh'] = w, w._version, tuple(estimate)
+            for m, w, *estimate in zip(layers, weights, far.unbind(), near.unbind(), sigma.unbind()): m.__dict__['_fresh'] = w, weight_mark(w), tuple(estimate)
