@@ -62,7 +62,8 @@ def train(model, *, data=None, **more):
     from accelerate import Accelerator
     from vitbook.train import batches, fit
     x = torch.randn(32, 4, generator=torch.Generator().manual_seed(0))
-    return fit(model, batches(x, (x.sum(1) > 0).long(), batch_size=8) if data is None else data, **{**dict(steps=6, accelerator=Accelerator(cpu=True), progress=False, checkpoint_every=2), **more})
+    if 'accelerator' not in more: more['accelerator'] = Accelerator(cpu=True)      # accelerate keeps one state for all: another one made now would undo the given one's
+    return fit(model, batches(x, (x.sum(1) > 0).long(), batch_size=8) if data is None else data, **{**dict(steps=6, progress=False, checkpoint_every=2), **more})
 
 
 def test_it_learns_and_says_what_happened():
