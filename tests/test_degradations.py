@@ -11,7 +11,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from vitbook.data import degradations as D
-from vitbook.data import pictures
+from vitbook.data import pictures, square
 
 VEILS = {'rain': D.rain, 'snow': D.snow, 'haze': D.haze}
 kind, veil = pytest.mark.parametrize('kind', D.KINDS), pytest.mark.parametrize('name', VEILS)
@@ -153,7 +153,7 @@ def test_psnr_by_hand():
     y = lambda t: (65.481 * t[:, 0] + 128.553 * t[:, 1] + 24.966 * t[:, 2] + 16) / 255
     assert_close(D.psnr(a, b, channel='y'), -10 * (y(a) - y(b)).square().mean((1, 2)).log10())
     assert_close(D.psnr(a, b, border=2), -10 * (a - b)[..., 2:-2, 2:-2].square().mean((1, 2, 3)).log10())
-    assert_close(D.psnr(a, a + 5), D.psnr(a, torch.ones_like(a)))
+    assert_close(D.psnr(a + 5, a), D.psnr(torch.ones_like(a), a))
     assert D.psnr(a, a).isinf().all()
     assert_close(D.psnr(torch.zeros(1, 3, 4, 4), torch.full((1, 3, 4, 4), .1)), torch.tensor([20.]))
     white, black = torch.ones(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)
@@ -255,3 +255,31 @@ def test_the_edge_can_be_dragged(photo, tmp_path):
     (lambda x: D.before_after(x[0], x[0][..., :4], title=''), 'one shape'), (lambda x: D.before_after(x[0], x[0], title='', at=-1), 'at must')])
 def test_mistakes_are_named(call, words, unchecked):
     with pytest.raises(ValueError, match=words): call(torch.rand(2, 3, 8, 8))
+
+
+# ---- the range of pictures
+
+TAKES_PICTURES = dict(noise=D.noise, low_light=D.low_light, behind=lambda x: D.behind(x, D.snow((16, 16))), degrade=lambda x: D.degrade(x, 'blur'), psnr=lambda x: D.psnr(x, x), ssim=lambda x: D.ssim(x, x),
+                      quality=lambda x: D.quality(x, x), restored=lambda x: D.psnr(x, (x / 255).float()), y_channel=D.y_channel, restore=lambda x: D.restore(lambda y: y, x), pairs=lambda x: D.Pairs(x, size=8),
+                      before_after=lambda x: D.before_after(x[0], x[0], title='t'), square=lambda x: square(x[0], 8))
+
+
+@pytest.mark.parametrize('name', TAKES_PICTURES)
+@pytest.mark.parametrize('kind', ['0 … 255', 'uint8'])
+def test_pictures_of_another_range_are_refused_by_name(name, kind, unchecked):
+    x = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    TAKES_PICTURES[name](x if name != 'restored' else 255 * (x / 255))
+    wrong = 255 * x if kind == '0 … 255' else (255 * x).to(torch.uint8)
+    with pytest.raises(ValueError, match='(images?|clean|restored|before): got (values from|uint8).*0 … 1'): TAKES_PICTURES[name](wrong)
+
+
+@pytest.mark.parametrize('function', [D.noise, D.low_light, lambda x: D.psnr(x, x)])
+def test_pictures_around_zero_are_refused(function):
+    with pytest.raises(ValueError, match='values from -'): function(2 * torch.rand(1, 3, 8, 8) - 1)
+
+
+def test_a_little_outside_is_no_mistake(photo):
+    x = photo[None] * 1.2 - .1
+    assert D.noise(x, .1).shape == x.shape and D.psnr(8 * x, x).isfinite().all() and D.restore(lambda y: y, 1.8 * x - .5).max() <= 1
+    with pytest.raises(ValueError, match='batch_size'): D.restore(lambda y: y, x, batch_size=0)
+    with pytest.raises(ValueError, match='uint8'): D.blur((255 * photo).to(torch.uint8))

@@ -309,6 +309,7 @@ def test_verdicts():
     (lambda: F.shift(torch.ones(2), -1.), 'factor'),
     (lambda: F.guide(torch.ones(2, 3), torch.ones(2, 3), 2., 4), 'channels'),
     (lambda: F.judge_digits(torch.ones(2, 1, 8, 8), torch.ones(3, dtype=torch.long)), 'labels'),
+    (lambda: F.judge_digits(255 * torch.ones(2, 1, 8, 8), torch.ones(2, dtype=torch.long), F.DigitJudge()), 'images.*255'),
 ])
 def test_bad_input_is_named(call, words, unchecked):
     with pytest.raises(ValueError, match=words): call()

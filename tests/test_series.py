@@ -221,3 +221,40 @@ def test_untrained_forecasts(unchecked):
     x = torch.arange(10.)[None, :, None]
     assert S.last_value(3)(x)[0, :, 0].tolist() == [9, 9, 9] and S.last_season(7, 3)(x)[0, :, 0].tolist() == [7, 8, 9, 7, 8, 9, 7]
     with pytest.raises(ValueError, match='season: got 11'): S.last_season(3, 11)(x)
+
+
+@pytest.mark.parametrize('moment', ['0', '2016', '1467331200', '1467331200000', '2016070100', '201607', 'today', 'now', '01/07/2016', '2016-07-01T00:00:00Z', '2016-13-01'])
+def test_what_is_not_written_as_a_date_is_none(tmp_path, moment):
+    "numpy would take row numbers and seconds since 1970 for years."
+    with pytest.raises(ValueError, match='line 3'): S.read_csv(write(tmp_path/'t.csv', ['date,a', '0001-01-01,1', f'{moment},2']))
+
+
+@pytest.mark.parametrize('moment, seconds', [('1970-01-02', 86400), (' 1970-01-01 00:01:00 ', 60), ('1970-01-01T01:00', 3600), ('1970-02', 31 * 86400), ('1970-01-01 00:00:05.7', 5)])
+def test_ways_to_write_a_date(tmp_path, moment, seconds):
+    assert S.read_csv(write(tmp_path/'t.csv', ['date,a', f'{moment},2'])).times.tolist() == [seconds]
+
+
+@pytest.mark.parametrize('row, words', [('1,2', 'it has 3'), ('1e39', 'a: .1e39'), ('inf', 'no finite'), ('-Infinity', 'no finite'), ('1_000', '1_000'), ('', 'line 2')])
+def test_cells_that_are_no_finite_numbers(tmp_path, row, words):
+    with pytest.raises(ValueError, match=words): S.read_csv(write(tmp_path/'t.csv', ['date,a', f'2020-01-01,{row}']))
+
+
+def test_other_encodings(tmp_path):
+    (tmp_path/'t.csv').write_bytes('date,Größe\n2020-01-01,1\n'.encode('cp1252'))
+    with pytest.raises(ValueError, match='line 1 is not utf-8.*cp1252'): S.read_csv(tmp_path/'t.csv')
+    assert S.read_csv(tmp_path/'t.csv', encoding='cp1252').columns == ('Größe',)
+    (tmp_path/'t.csv').write_bytes('date,a\n2020-01-01,1\n'.encode('utf-16'))
+    with pytest.raises(ValueError, match='utf-16'): S.read_csv(tmp_path/'t.csv')
+
+
+@pytest.mark.parametrize('row, part', [(5, 'train'), (450, 'val'), (599, 'test')])
+@pytest.mark.parametrize('bad', [math.nan, math.inf])
+def test_gaps_are_named_when_the_sets_are_made(row, part, bad):
+    t = S.generated(600, 2)
+    values = t.values.clone()
+    values[row:, 1] = bad
+    with pytest.raises(ValueError, match=f"{part} rows.*'channel 1' in row {row} .{str(t.dates()[row])}"):
+        S.forecasting_sets(S.TimeSeries(t.columns, values, t.times), S.share_parts(600), 24, 12)
+    with pytest.raises(ValueError, match='windows'): S.evaluate(S.last_value(12), S.Windows(values, 24, 12))
+    with pytest.raises(ValueError, match='season'): S.last_season(12, 0)
+    with pytest.raises(ValueError, match='batch_size'): S.evaluate(S.last_value(12), S.Windows(t.values, 24, 12), 0)

@@ -371,7 +371,8 @@ class DigitJudge(nn.Module):
         self.head = nn.Linear(num_features, 10)
 
     def features(self, images: Float[Tensor, 'n 1 y x']) -> Float[Tensor, 'n f']:
-        "Of pictures in [0, 1] of any size; values outside are cut off."
+        "Of pictures in 0 … 1 of any size; what lies a little outside is cut off. ValueError for another range, such as 0 … 255."
+        data.check_range(beyond=16, images=images)
         images = images.clamp(0, 1)
         if images.shape[2:] != (8, 8): images = F.interpolate(images, (8, 8), mode='bilinear', antialias=True)
         return self.body(images * 2 - 1)
@@ -406,7 +407,7 @@ class Verdict(NamedTuple):
     n: int
 
 @torch.no_grad()
-def judge_digits(samples: Float[Tensor, 'n 1 y x'],      # in [0, 1], of any size
+def judge_digits(samples: Float[Tensor, 'n 1 y x'],      # 0 … 1, of any size
                  labels: Int[Tensor, 'n'],               # what each was asked to be
                  judge: DigitJudge | None = None,        # default: `digit_judge()`
                  *,

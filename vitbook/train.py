@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['seed_everything', 'batches', 'lr_factor', 'NonFiniteLoss', 'CheckpointError', 'save_checkpoint', 'read_checkpoint',
-           'History', 'Moment', 'cross_entropy', 'accuracy', 'fit']
+           'History', 'Moment', 'cross_entropy', 'accuracy', 'decay_groups', 'fit']
 
 # %% ../nbs/00_foundations/11_training.ipynb #c417bcc4
-import itertools, json, math, os, random, tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib, itertools, json, math, os, random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from .measure import eval_mode, whole_file
 from .registry import load_weights
 
 # %% ../nbs/00_foundations/11_training.ipynb #8ae2a1bd
@@ -33,10 +34,11 @@ class batches:
 
     A last batch that would be smaller is left out. ValueError if lengths differ or there are fewer samples than one batch needs."""
     def __init__(self,
-                 *tensors: Tensor,
+                 *tensors: Tensor | np.ndarray,
                  batch_size: int,     # of one process
                  seed: int = 0,
                  transform: Callable[..., tuple] | None = None): # applied to the batch's tensors: augmentation
+        tensors = tuple(torch.as_tensor(t) if isinstance(t, np.ndarray) else t for t in tensors)
         sizes = [len(t) for t in tensors]
         if not tensors or len(set(sizes)) > 1: raise ValueError(f'tensors must share their first axis, got lengths {sizes}')
         if not 0 < batch_size <= sizes[0]: raise ValueError(f'batch_size must lie in 1 … {sizes[0]} samples, got {batch_size}')
@@ -74,10 +76,15 @@ def lr_factor(step: int,            # from 0
 
 # %% ../nbs/00_foundations/11_training.ipynb #8c5cad5b
 class NonFiniteLoss(FloatingPointError):
-    "The loss became inf or nan; `step`, `loss` and `lr` say when and how."
-    def __init__(self, step: int, loss: float, lr: float):
-        super().__init__(f'the loss is {loss} at step {step} (learning rate {lr:.3g}); weights and checkpoint are those before this step')
-        self.step, self.loss, self.lr = step, loss, lr
+    "The loss became inf or nan, or its gradient did, or the weights that a step made; `step`, `loss`, `lr` and `grad_norm` say when and how."
+    def __init__(self, step: int, loss: float, lr: float,
+                 grad_norm: float | None = None, # None: the loss was not finite already
+                 spoilt: str | None = None):     # a parameter that the step has made inf or nan
+        what = f'the loss is {loss}' if grad_norm is None else f'the norm of the gradient is {grad_norm}, of a loss of {loss:.4g},'
+        kept = 'weights and checkpoint are those before this step'
+        if spoilt is not None: what, kept = f'{spoilt} has become inf or nan', 'the checkpoint is the one before'
+        super().__init__(f'{what} at step {step} (learning rate {lr:.3g}); {kept}')
+        self.step, self.loss, self.lr, self.grad_norm = step, loss, lr, grad_norm
 
 class CheckpointError(ValueError):
     "A checkpoint that cannot be read, or is of another model."
@@ -105,23 +112,16 @@ def save_checkpoint(path: str | os.PathLike,
                     model: nn.Module,
                     **state: Any):      # JSON values, tensors, and nests of them: an optimizer's state_dict, step, history
     "One safetensors file, written beside its place and moved there: at every moment it is the old one or the new one. OSError leaves the old one."
-    path, tensors = Path(path), {}
+    tensors = {}
     packed = _pack(dict(model=model.state_dict(), **state), tensors, '')
-    handle = temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-        save_file(tensors, temporary, metadata={'vitbook': json.dumps(packed)})
-        os.fsync(handle)
-        os.replace(temporary, path)
-        temporary = None
-    except (OSError, SafetensorError) as e: raise OSError(f'the checkpoint {path} could not be written ({e}); what stood there before still stands') from e
-    finally:
-        if handle is not None: os.close(handle)
-        if temporary is not None and os.path.exists(temporary): os.unlink(temporary)
+        with whole_file(path) as place: save_file(tensors, place, metadata={'vitbook': json.dumps(packed)})
+    except (OSError, SafetensorError) as e:
+        raise OSError(f'the checkpoint {path} could not be written ({e}); what stood there before still stands') from e
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     "What `save_checkpoint` wrote: model, and the rest by name. CheckpointError if the file is damaged or something else."
+    if Path(path).is_dir(): raise CheckpointError(f'checkpoint: {path} is a folder, wanted a file')
     try:
         with safe_open(str(path), 'pt') as f:
             packed, tensors = (f.metadata() or {}).get('vitbook'), {k: f.get_tensor(k) for k in f.keys()}
@@ -144,6 +144,77 @@ def _set_rng(state: Mapping[str, Any]):
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state['torch'])
     if 'cuda' in state and torch.cuda.is_available(): torch.cuda.set_rng_state_all(state['cuda'])
+
+def _fingerprint(batch: Any) -> str:
+    "Tells batches apart by a thousand numbers of each tensor in them."
+    found = hashlib.sha256()
+    def add(x):
+        if isinstance(x, np.ndarray) and x.dtype != object: x = torch.from_numpy(np.array(x, copy=True))
+        if isinstance(x, Mapping): x = [*x.keys(), *x.values()]
+        if isinstance(x, Tensor) and x.layout == torch.strided:
+            flat = x.detach().flatten()
+            found.update(f'{x.dtype} {tuple(x.shape)}'.encode())
+            found.update(flat[::max(1, len(flat) // 1000)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        elif isinstance(x, (list, tuple)):
+            found.update(f'{len(x)} of'.encode())
+            for each in x: add(each)
+        else: found.update(repr(x).encode() if isinstance(x, (bool, int, float, str)) else type(x).__name__.encode())
+    add(batch)
+    return found.hexdigest()
+
+class _Stream:
+    "Batches of an iterable, pass after pass, and how to stand at the same place again in a resumed run."
+    def __init__(self, data: Iterable, steps: int):
+        self.data, self.steps, self.passes, self.taken, self.total, self.batches = data, steps, 0, 0, 0, None
+
+    def generators(self) -> list[torch.Generator]:
+        "A DataLoader's own; torch's, numpy's and Python's global ones are `_rng`'s."
+        sampler = getattr(getattr(self.data, 'batch_sampler', None), 'sampler', None)
+        found = [getattr(owner, 'generator', None) for owner in (self.data, getattr(self.data, 'sampler', None), sampler)]
+        return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+    def begin(self):
+        self.taken, self.start = 0, dict(rng=_rng(), own=[g.get_state() for g in self.generators()])
+        self.batches = iter(self.data)
+
+    def take(self) -> Any:
+        "The next batch. ValueError if there is none and will be none."
+        if self.batches is None: self.begin()
+        self.before = _rng()
+        batch = next(self.batches, self)
+        while batch is self:
+            if self.taken == 0 or isinstance(self.data, Iterator):
+                raise ValueError(f'data: the batches ended after {self.total} of {self.steps} steps, and a new pass gives none: '
+                                 'give a list, a DataLoader, or a function step -> batch')
+            self.passes += 1
+            self.begin()
+            self.before = _rng()
+            batch = next(self.batches, self)
+        self.taken, self.total, self.last = self.taken + 1, self.total + 1, _fingerprint(batch)
+        return batch
+
+    def place(self) -> dict[str, Any] | None:
+        if not self.total: return None
+        return dict(passes=self.passes, taken=self.taken, start=self.start, before=self.before, last=self.last)
+
+    def resume(self, place: Mapping[str, Any] | None, step: int, compare: bool):
+        """Go to where a checkpoint was written: through the passes before, then into this one with the order that it had.
+
+        CheckpointError if the last batch is not the one that was seen: the rest would be another run."""
+        if place is None: place = dict(passes=0, taken=step, start=None, before=None, last=None)
+        for _ in range(place['passes']):
+            for _ in self.data: self.total += 1
+        if place['start'] is not None:
+            _set_rng(place['start']['rng'])
+            for g, state in zip(self.generators(), place['start']['own']): g.set_state(state)
+        self.passes = place['passes']
+        self.begin()
+        for i in range(place['taken']):
+            if i + 1 == place['taken'] and place['before'] is not None: _set_rng(place['before'])
+            self.take()
+        if compare and place['last'] is not None and self.last != place['last']:
+            raise CheckpointError(f'data gives other batches than before: batch {step} is not the one that the checkpoint has seen. Its order must come from its '
+                                  "seed, or from torch's, numpy's or Python's global generator; resume=False starts anew")
 
 @dataclass
 class History:
@@ -169,19 +240,80 @@ class Moment:
 
 # %% ../nbs/00_foundations/11_training.ipynb #4c2e3ead
 def cross_entropy(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
-    "The loss of a classifier on (inputs, labels); the last axis of the output counts the classes."
+    """The loss of a classifier on (inputs, labels); the last axis of the output counts the classes.
+
+    Labels are whole numbers, -100 for places that do not count, or floats in the shape of the output: a share for each class. ValueError for anything else."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
+        parts = ', '.join(map(str, batch)) if isinstance(batch, Mapping) else ', '.join(type(t).__name__ for t in batch) if isinstance(batch, (tuple, list)) else ''
+        raise ValueError(f'batch: got {type(batch).__name__} ({parts}), wanted two tensors (inputs, labels); for other batches give a `loss` of your own')
     x, y = batch
-    return F.cross_entropy(model(x).flatten(0, -2), y.flatten())
+    out = model(x)
+    if not isinstance(out, Tensor): raise ValueError(f'model: gave {type(out).__name__}, wanted a tensor of logits; for other outputs give a `loss` of your own')
+    soft = y.is_floating_point()
+    if y.dtype == torch.bool or y.is_complex() or tuple(y.shape) != tuple(out.shape if soft else out.shape[:-1]):
+        raise ValueError(f'labels: got {str(y.dtype).removeprefix("torch.")} of shape {tuple(y.shape)} for logits of shape {tuple(out.shape)}, wanted whole numbers of shape '
+                         f'{tuple(out.shape[:-1])}, or a share for each class')
+    try: return F.cross_entropy(out.flatten(0, -2), y.flatten(0, -2) if soft else y.flatten().long())
+    except IndexError as e: raise ValueError(f'labels: got classes {y.min().item()} … {y.max().item()}, wanted 0 … {out.shape[-1] - 1}') from e
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 256) -> float:
-    "Share of right answers, in eval mode; the model's mode is as before afterwards."
-    was, right = model.training, 0
-    model.eval()
-    try:
+    "Share of right answers, in eval mode; every module's mode is as before afterwards. ValueError for an empty set."
+    if len(x) != len(y) or not len(x): raise ValueError(f'x, y: got {len(x)} inputs and {len(y)} labels, wanted as many of each and not an empty set')
+    if batch_size < 1: raise ValueError(f'batch_size must be at least 1, got {batch_size}')
+    right = 0
+    with eval_mode(model):
         for i in range(0, len(x), batch_size): right += (model(x[i:i + batch_size]).argmax(-1) == y[i:i + batch_size]).sum().item()
-    finally: model.train(was)
     return right / y.numel()
+
+def decay_groups(model: nn.Module, weight_decay: float = .05) -> list[dict[str, Any]]:
+    """Two groups for an optimizer: matrices and kernels with `weight_decay`; vectors, biases and norms of any shape, and what `model.no_weight_decay()` names, without.
+
+    ValueError if nothing is to be trained. Source: arXiv:1711.05101 for decay apart from the gradient; which parameters, as timm and the papers' codes have it."""
+    norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+    of_norms = {id(p) for m in model.modules() if isinstance(m, norms) or type(m).__name__.endswith('RMSNorm') for p in m.parameters(recurse=False)}
+    named = set(model.no_weight_decay()) if hasattr(model, 'no_weight_decay') else set()
+    free, decayed = [], []
+    for name, p in model.named_parameters():
+        if not p.requires_grad: continue
+        alone = p.dim() < 2 or id(p) in of_norms or name in named or name.rpartition('.')[2] == 'bias'
+        (free if alone else decayed).append(p)
+    if not free and not decayed: raise ValueError(f'model: {type(model).__name__} has no parameter to train, none has requires_grad')
+    return [g for g in (dict(params=decayed, weight_decay=weight_decay), dict(params=free, weight_decay=0.)) if g['params']]
+
+# %% ../nbs/00_foundations/11_training.ipynb #8258ece4
+def _options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    "What the caller has set, a dict for each group: learning rate, weight decay and so on."
+    return [{name: value for name, value in g.items() if name != 'params'} for g in optimizer.param_groups]
+
+def _members(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+    "The parameters of each group by name: an optimizer's state is stored by number only."
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [[names.get(id(p), '') for p in g['params']] for g in optimizer.param_groups]
+
+def _differ(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor): return not torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    return a != b
+
+def _resume(path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any]:
+    """Weights and optimizer of a checkpoint, and the rest of it.
+
+    What the caller set differently this time (a learning rate, a weight decay) holds; everything else goes on as it was. Nothing is changed if the checkpoint is refused."""
+    saved = read_checkpoint(path)
+    if not {'optimizer', 'optimizer_kind', 'members', 'options', 'step', 'history', 'rng'} <= saved.keys():
+        raise CheckpointError(f'{path} holds no run of fit, only {", ".join(sorted(saved))}')
+    kind = type(optimizer).__name__
+    if saved['step'] > steps: raise CheckpointError(f'{path} has gone {saved["step"]} steps already, got steps={steps}')
+    if saved['optimizer_kind'] != kind: raise CheckpointError(f'{path} was written with {saved["optimizer_kind"]}, got {kind} as optimizer')
+    if saved['members'] != _members(optimizer, model):
+        raise CheckpointError(f'{path} was written by an optimizer with other parameters, or other groups of them: see which require a gradient, and how the optimizer was made')
+    try: load_weights(model, saved['model'])
+    except ValueError as e: raise CheckpointError(f'{path} is of another model: {e}') from None
+    now = _options(optimizer)
+    optimizer.load_state_dict(saved['optimizer'])
+    for group, asked, before in zip(optimizer.param_groups, now, saved['options']):
+        group.update({name: value for name, value in asked.items() if name not in before or _differ(value, before[name])})
+    return saved
 
 def fit(model: nn.Module,
         data: Any,                                      # `batches`; a function step -> batch; or an iterable of batches, gone through again and again
@@ -190,12 +322,12 @@ def fit(model: nn.Module,
         loss: Callable[[nn.Module, Any], Tensor] = cross_entropy, # (model, batch) -> mean loss
         optimizer: torch.optim.Optimizer | None = None, # default: AdamW with `lr` and `weight_decay`
         lr: float = 1e-3,                               # peak, for the default optimizer
-        weight_decay: float = .05,                      # for the default optimizer; matrices only
+        weight_decay: float = .05,                      # for the default optimizer, see `decay_groups`
         warmup: int = 0,                                # steps
         schedule: str = 'cosine',                       # 'cosine', 'linear' or 'constant'
         floor: float = 0.,                              # of the schedule, as a share of the peak
         clip: float | None = 1.,                        # largest gradient norm; None: no clipping
-        evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None, # in eval mode, without gradients
+        evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None, # numbers by name, in eval mode, without gradients
         every: int = 100,                               # steps between evaluations (the last step always has one)
         callbacks: Sequence[Callable[[Moment], Any]] = (), # called after each step; a true value ends the run
         checkpoint: str | os.PathLike | None = None,    # file to save to, and to resume from if it is there
@@ -205,64 +337,115 @@ def fit(model: nn.Module,
         progress: bool = True) -> History:
     """Train `model` in place, on one device or many (under `accelerate launch` or torchrun; `batch_size` is per process).
 
-    A run that was killed and is started again with the same arguments ends with the same weights, bit for bit on one CPU process, as one that never was.
-    NonFiniteLoss stops before a broken update; CheckpointError if the checkpoint is damaged or of another model; OSError if it cannot be written."""
-    try: from accelerate import Accelerator
+    A run that was killed and is started again with the same arguments ends with the same weights, bit for bit on one CPU process, as one that never was; where an iterable's order
+    does not come again, that is a CheckpointError. Of optimizer, rates and schedule, what is given differently the second time holds.
+    A model in training mode keeps the modules that were put into eval mode, such as frozen norms, as they are; one in eval mode is put into training mode whole.
+    NonFiniteLoss stops before a broken update; CheckpointError if the checkpoint is damaged, of another model or optimizer, or further than `steps`; OSError if it cannot be written.
+    ValueError if the batches end early, if nothing is to be trained, or if `evaluate` takes a name of the history's own."""
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import send_to_device
     except ImportError as e: raise ImportError("training needs accelerate: pip install 'vitbook[train]'") from e
-    if steps < 1: raise ValueError(f'steps must be at least 1, got {steps}')
+    for name, number in dict(steps=steps, every=every, checkpoint_every=checkpoint_every).items():
+        if number < 1: raise ValueError(f'{name} must be at least 1, got {number}')
     lr_factor(0, steps, warmup, schedule, floor)
     acc = accelerator or Accelerator(cpu=os.environ.get('VITBOOK_DEVICE') == 'cpu')
-    if optimizer is None:
-        flat = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
-        groups = [dict(params=[p for p in model.parameters() if p.requires_grad and p.dim() >= 2], weight_decay=weight_decay), dict(params=flat, weight_decay=0.)]
-        optimizer = torch.optim.AdamW([g for g in groups if g['params']], lr=lr)
-    peaks = [g['lr'] for g in optimizer.param_groups]
-    history, first = History(), 0
+    if acc.gradient_accumulation_steps != 1:
+        raise ValueError(f'accelerator: got gradient_accumulation_steps={acc.gradient_accumulation_steps}, wanted 1: a step of fit is one batch and one update. '
+                         'Give larger batches, or a `loss` that goes through its batch in parts')
+    if optimizer is None: optimizer = torch.optim.AdamW(decay_groups(model, weight_decay), lr=lr)
+    if not any(p.requires_grad for p in model.parameters()): raise ValueError(f'model: {type(model).__name__} has no parameter to train, none has requires_grad')
+    options, history, first, saved = _options(optimizer), History(), 0, None
+    peaks = [group['lr'] for group in options]
     if checkpoint is not None and resume and Path(checkpoint).exists():
-        saved = read_checkpoint(checkpoint)
-        try: load_weights(model, saved['model'])
-        except ValueError as e: raise CheckpointError(f'{checkpoint} is of another model: {e}') from None
-        optimizer.load_state_dict(saved['optimizer'])
-        history.rows, first, peaks = saved['history'], saved['step'], saved['peaks']
+        saved = _resume(checkpoint, model, optimizer, steps)
+        history.rows, first = saved['history'], saved['step']
+    own = {name: vars(model)[name] for name in _PREPARED if name in vars(model)}
     wrapped, optim = acc.prepare(model, optimizer)
-    if first: _set_rng(saved['rng'])
 
+    stream = None
     if hasattr(data, 'at'): batch_at = lambda step: data.at(step, acc.process_index, acc.num_processes)
     elif callable(data): batch_at = data
     else:
-        stream = itertools.islice(itertools.chain.from_iterable(itertools.repeat(data)), first, None)
-        batch_at = lambda step: next(stream)
-    to_device = lambda x: x.to(acc.device) if isinstance(x, Tensor) else type(x)(map(to_device, x)) if isinstance(x, (tuple, list)) else {k: to_device(v) for k, v in x.items()} if isinstance(x, dict) else x
+        stream = _Stream(data, steps)
+        batch_at = lambda step: stream.take()
+        if saved is not None: stream.resume(saved['data'], first, compare=acc.num_processes == 1)
+    if saved is not None: _set_rng(saved['rng'])
 
     def save(step):
-        if checkpoint is not None and acc.is_main_process:
-            save_checkpoint(checkpoint, acc.unwrap_model(wrapped), optimizer=optimizer.state_dict(), step=step, peaks=peaks, history=history.rows, rng=_rng())
-    if first == 0: save(0)      # an unwritable place is found out now, not after an hour
+        if checkpoint is None or not acc.is_main_process: return
+        save_checkpoint(checkpoint, acc.unwrap_model(wrapped), optimizer=optimizer.state_dict(), optimizer_kind=type(optimizer).__name__, members=_members(optimizer, model),
+                        options=options, step=step, data=stream and stream.place(), history=history.rows, rng=_rng())
 
-    bar = _bar(range(first, steps), progress and acc.is_main_process)
-    wrapped.train()
-    for step in bar:
-        factor = lr_factor(step, steps, warmup, schedule, floor)
-        for group, peak in zip(optimizer.param_groups, peaks): group['lr'] = peak * factor
-        value = loss(wrapped, to_device(batch_at(step)))
-        seen = acc.reduce(value.detach().float(), 'mean').item()
-        if not math.isfinite(seen): raise NonFiniteLoss(step, seen, peaks[0] * factor)
-        optim.zero_grad(set_to_none=True)
-        acc.backward(value)
-        norm = acc.clip_grad_norm_(wrapped.parameters(), clip) if clip is not None else None
-        optim.step()
-        row = dict(step=step + 1, loss=seen, lr=peaks[0] * factor) | ({} if norm is None else {'grad_norm': float(norm)})
-        if evaluate and ((step + 1) % every == 0 or step + 1 == steps):
-            wrapped.eval()
-            with torch.no_grad(): row |= {k: float(v) for k, v in evaluate(acc.unwrap_model(wrapped)).items()}
-            wrapped.train()
-        history.rows.append(row)
-        if hasattr(bar, 'set_postfix'): bar.set_postfix(loss=f'{seen:.4g}', refresh=False)
-        stop = any([cb(Moment(step + 1, seen, row['lr'], acc.unwrap_model(wrapped), history)) for cb in callbacks])
-        if (step + 1) % checkpoint_every == 0 or step + 1 == steps or stop: save(step + 1)
-        if stop: break
-    acc.wait_for_everyone()
+    if not model.training: wrapped.train()
+    try:
+        if first == 0: save(0)      # an unwritable place is found out now, not after an hour
+        bar = _bar(range(first, steps), progress and acc.is_main_process)
+        for step in bar:
+            factor = lr_factor(step, steps, warmup, schedule, floor)
+            for group, peak in zip(optimizer.param_groups, peaks): group['lr'] = peak * factor
+            rate, last = peaks[0] * factor, step + 1 == steps
+            batch, buffers = batch_at(step), {name: b.clone() for name, b in model.named_buffers()}
+            value = loss(wrapped, send_to_device(batch, acc.device) if acc.device_placement else batch)
+            _check_loss(value)
+            seen = acc.reduce(value.detach().float(), 'mean').item()
+            if not math.isfinite(seen):
+                _put_back(model, buffers)
+                raise NonFiniteLoss(step, seen, rate)
+            optim.zero_grad(set_to_none=True)
+            acc.backward(value)
+            norm = _clipped(acc, wrapped.parameters(), clip)
+            if norm is not None and not math.isfinite(norm) and acc.scaler is None:      # with one, float16's overflows are its business: it leaves the step out
+                _put_back(model, buffers)
+                optim.zero_grad(set_to_none=True)
+                raise NonFiniteLoss(step, seen, rate, norm)
+            optim.step()
+            row = dict(step=step + 1, loss=seen, lr=rate) | ({} if norm is None else {'grad_norm': norm})
+            if evaluate and ((step + 1) % every == 0 or last):
+                with eval_mode(wrapped), torch.no_grad(): row |= _numbers(evaluate(acc.unwrap_model(wrapped)), row)
+            history.rows.append(row)
+            if hasattr(bar, 'set_postfix'): bar.set_postfix(loss=f'{seen:.4g}', refresh=False)
+            stop = any([cb(Moment(step + 1, seen, rate, acc.unwrap_model(wrapped), history)) for cb in callbacks])
+            if last or stop or checkpoint is not None and (step + 1) % checkpoint_every == 0:
+                for name, p in model.named_parameters():
+                    if p.requires_grad and not p.isfinite().all(): raise NonFiniteLoss(step, seen, rate, norm, spoilt=name)
+                save(step + 1)
+            if stop: break
+        acc.wait_for_everyone()
+    finally:        # a later fit starts from the peaks again, and another accelerator finds a model that none has prepared
+        for group, peak in zip(optimizer.param_groups, peaks): group['lr'] = peak
+        for name in _PREPARED: vars(model).pop(name, None)
+        vars(model).update(own)
     return history
+
+_PREPARED = ('forward', '_original_forward', '_is_accelerate_prepared')     # what accelerate leaves in a module
+
+def _check_loss(value: Any):
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ValueError(f'loss: gave {f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__}, wanted one number as a tensor')
+    if not value.requires_grad: raise ValueError('loss: what it gave does not depend on any parameter that is trained')
+
+def _clipped(acc: Any, parameters: Iterable[nn.Parameter], clip: float | None) -> float | None:
+    "Clips the gradients; their norm before that. None where an engine of its own does the clipping and does not say."
+    parameters = list(parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if clip is None and any(g.is_sparse for g in gradients):        # which torch's own norm does not take
+        return math.sqrt(sum((g.coalesce().values() if g.is_sparse else g).double().square().sum().item() for g in gradients))
+    norm = acc.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+    return None if norm is None else float(norm)
+
+def _put_back(model: nn.Module, buffers: Mapping[str, Tensor]):
+    "Statistics as they were before a step that is not taken."
+    own = dict(model.named_buffers())
+    for name, b in buffers.items():
+        if name in own: own[name].copy_(b)
+
+def _numbers(found: Any, row: Mapping[str, Any]) -> dict[str, float]:
+    "What `evaluate` gave, beside the row's own numbers."
+    if not isinstance(found, Mapping): raise ValueError(f'evaluate: gave {type(found).__name__}, wanted numbers by name')
+    if taken := [name for name in found if name in row]: raise ValueError(f"evaluate: gave {taken[0]!r}, which is the training step's own; call it {f'val_{taken[0]}'!r}, say")
+    try: return {name: float(value) for name, value in found.items()}
+    except (TypeError, ValueError, RuntimeError) as e: raise ValueError(f'evaluate: gave {found}, wanted one number for each name') from e
 
 def _bar(steps: Iterable[int], shown: bool) -> Iterable[int]:
     "A progress bar, unless the book's runner shows its own."

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from .. import see
+from . import check_range
+from ..measure import eval_mode
 
 # %% ../../nbs/00_foundations/18_degradations.ipynb #5cdc118d
 class Veil(NamedTuple):
@@ -23,10 +25,11 @@ class Veil(NamedTuple):
     alpha: Float[Tensor, 'y x']  # share of the scene that it hides, 0 … 1
     light: Float[Tensor, 'y x']  # its own brightness, 0 … 1
 
-def behind(images: Float[Tensor, '*b y x'], # channels included
+def behind(images: Float[Tensor, '*b y x'], # 0 … 1, channels included
            veil: Veil,
           ) -> Float[Tensor, '*b y x']:
-    "Pictures seen through a veil: (1 - alpha) J + alpha L."
+    "Pictures seen through a veil: (1 - alpha) J + alpha L. ValueError for another range than 0 … 1."
+    check_range(images=images)
     alpha, light = (t.to(images) for t in veil)
     return images + alpha * (light - images)         # alpha = 0 leaves a picture as it is, to the last bit
 
@@ -123,14 +126,22 @@ def haze(size: tuple[int, int],                       # rows, columns
     return Veil(-torch.expm1(-3 * severity * depth.float()), torch.full(size, air))
 
 # %% ../../nbs/00_foundations/18_degradations.ipynb #82435218
-def noise(images: Float[Tensor, '*b y x'], severity: int | float = .5, seed: int | Sequence[int] = 0) -> Float[Tensor, '*b y x']:
-    "Gaussian noise of standard deviation severity / 4, clipped to 0 … 1."
+def noise(images: Float[Tensor, '*b y x'], # 0 … 1
+          severity: int | float = .5,
+          seed: int | Sequence[int] = 0,
+         ) -> Float[Tensor, '*b y x']:
+    "Gaussian noise of standard deviation severity / 4, clipped to 0 … 1. ValueError for pictures of another range."
+    check_range(images=images)
     _check(severity)
     if severity == 0: return images.clone()
     return (images + .25 * severity * torch.from_numpy(_generator(seed).standard_normal(images.shape)).to(images)).clamp(0, 1)
 
-def blur(images: Float[Tensor, '*b y x'], severity: int | float = .5, scale: int | float = 1.) -> Float[Tensor, '*b y x']:
-    "Gaussian blur of standard deviation 4 scale severity pixels; the borders are mirrored."
+def blur(images: Float[Tensor, '*b y x'], # of any range
+         severity: int | float = .5,
+         scale: int | float = 1.,
+        ) -> Float[Tensor, '*b y x']:
+    "Gaussian blur of standard deviation 4 scale severity pixels; the borders are mirrored. ValueError for whole numbers."
+    if not images.is_floating_point(): raise ValueError(f'images: got {str(images.dtype).removeprefix("torch.")}, wanted floats')
     _check(severity, scale=scale)
     if severity == 0: return images.clone()
     sigma = 4. * scale * severity
@@ -143,8 +154,12 @@ def blur(images: Float[Tensor, '*b y x'], severity: int | float = .5, scale: int
     flat = F.conv2d(flat[..., rows, :], kernel.view(1, 1, -1, 1))
     return F.conv2d(flat[..., cols], kernel.view(1, 1, 1, -1)).view(images.shape)
 
-def low_light(images: Float[Tensor, '*b y x'], severity: int | float = .5, seed: int | Sequence[int] = 0) -> Float[Tensor, '*b y x']:
-    "A sixteenth of the light at severity 1, with the noise of few photons."
+def low_light(images: Float[Tensor, '*b y x'], # 0 … 1
+              severity: int | float = .5,
+              seed: int | Sequence[int] = 0,
+             ) -> Float[Tensor, '*b y x']:
+    "A sixteenth of the light at severity 1, with the noise of few photons. ValueError for another range than 0 … 1."
+    check_range(images=images)
     _check(severity)
     if severity == 0: return images.clone()
     photons = images.clamp(0, 1) ** 2.2 / (1 + 15 * severity)
@@ -160,7 +175,8 @@ def degrade(images: Float[Tensor, '*b c y x'],   # 0 … 1
             seed: int | Sequence[int] = 0,
             scale: int | float = 1.,             # lengths in pixels of rain, snow and blur grow with it
            ) -> Float[Tensor, '*b c y x']:
-    "Pictures with weather, darkness, noise or blur; each picture with its own, all the same for the same seed. ValueError for an unknown kind."
+    "Pictures with weather, darkness, noise or blur; each picture with its own, all the same for the same seed. ValueError for an unknown kind, or another range than 0 … 1."
+    check_range(images=images)
     names = kinds.split('+')
     for name in names:
         if name not in KINDS: raise ValueError(f'kinds must be some of {", ".join(KINDS)}, joined by +, got {kinds!r}')
@@ -201,7 +217,7 @@ def crops(images: Mapping[str, Tensor] | Sequence[Tensor], # pictures 'c y x', b
 class Pairs:
     "Endless batches (degraded, clean) for `train.fit`: fresh squares with fresh weather at each step, the same again for the same seed."
     def __init__(self,
-                 images: Mapping[str, Tensor] | Sequence[Tensor],           # clean pictures 'c y x'
+                 images: Mapping[str, Tensor] | Sequence[Tensor],           # clean pictures 'c y x', 0 … 1
                  kinds: Sequence[str] = ('rain', 'snow', 'haze'),           # one is drawn for each square; as `degrade` takes them
                  *,
                  size: int = 64,                                            # side of the squares
@@ -213,6 +229,7 @@ class Pairs:
         if isinstance(kinds, str) or not kinds: raise ValueError(f'kinds must be a list of kinds, got {kinds!r}')
         if not 0 <= severity[0] <= severity[1] <= 1: raise ValueError(f'severity must be low and high in 0 … 1, got {severity}')
         self.images, self.kinds, self.size, self.batch_size, self.severity, self.scale, self.turn, self.seed = images, tuple(kinds), size, batch_size, severity, scale, turn, seed
+        for picture in images.values() if isinstance(images, Mapping) else images: check_range(images=picture)
         for kind in self.kinds: degrade(torch.zeros(1, 1, 1), kind, 0)
 
     def at(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
@@ -225,11 +242,14 @@ class Pairs:
 # %% ../../nbs/00_foundations/18_degradations.ipynb #d67f4548
 def y_channel(images: Float[Tensor, '*b 3 y x'], # RGB, 0 … 1
              ) -> Float[Tensor, '*b 1 y x']:     # 16/255 … 235/255
-    "Brightness as television and most restoration papers have it (ITU-R BT.601, studio range)."
+    "Brightness as television and most restoration papers have it (ITU-R BT.601, studio range). ValueError for another range than 0 … 1."
+    check_range(beyond=1, images=images)
     r, g, b = images.unbind(-3)
     return ((65.481 * r + 128.553 * g + 24.966 * b + 16) / 255).unsqueeze(-3)
 
 def _ready(restored: Tensor, clean: Tensor, channel: str, border: int) -> tuple[Tensor, Tensor]:
+    check_range(clean=clean)
+    check_range(beyond=16, restored=restored)                          # a network that has gone astray is still judged
     if channel not in ('rgb', 'y'): raise ValueError(f"channel must be 'rgb' or 'y', got {channel!r}")
     if restored.shape != clean.shape: raise ValueError(f'restored and clean must have one shape, got {tuple(restored.shape)} and {tuple(clean.shape)}')
     if channel == 'y' and clean.shape[1] != 3: raise ValueError(f'channel y needs pictures of 3 channels, got {clean.shape[1]}')
@@ -242,16 +262,16 @@ def _torchmetrics():
     except ImportError as e: raise ImportError("PSNR and SSIM need torchmetrics: pip install 'vitbook[train]'") from e
     return image
 
-def psnr(restored: Float[Tensor, 'b c y x'], # clipped to 0 … 1 first
-         clean: Float[Tensor, 'b c y x'],
+def psnr(restored: Float[Tensor, 'b c y x'], # 0 … 1; what a network has put a little outside is clipped
+         clean: Float[Tensor, 'b c y x'],    # 0 … 1
          *, channel: str = 'rgb',            # 'rgb': all channels there are; 'y': brightness
          border: int = 0,                    # pixels at each edge that do not count
         ) -> Float[Tensor, 'b']:             # decibels; inf where both are equal
-    "Peak signal-to-noise ratio of each picture."
+    "Peak signal-to-noise ratio of each picture. ValueError for pictures of another range, such as 0 … 255."
     a, b = _ready(restored, clean, channel, border)
     return _torchmetrics().peak_signal_noise_ratio(a, b, data_range=1., reduction='none', dim=(1, 2, 3)).float()
 
-def ssim(restored: Float[Tensor, 'b c y x'], clean: Float[Tensor, 'b c y x'],
+def ssim(restored: Float[Tensor, 'b c y x'], clean: Float[Tensor, 'b c y x'], # 0 … 1, as in `psnr`
          *, channel: str = 'rgb', border: int = 0, # as in `psnr`
         ) -> Float[Tensor, 'b']:                   # at most 1
     "Structural similarity of each picture: Gaussian windows of 11 pixels, standard deviation 1.5, that lie inside. ValueError below 11 pixels."
@@ -277,16 +297,16 @@ def pad_to_multiple(images: Float[Tensor, '*b y x'], multiple: int) -> Float[Ten
 
 @torch.no_grad()
 def restore(model: Callable[[Tensor], Tensor],    # pictures in, pictures of the same size out
-            images: Float[Tensor, 'b c y x'],     # of any size
+            images: Float[Tensor, 'b c y x'],     # 0 … 1, of any size
             *, multiple: int = 8,                 # sides that the model takes
             batch_size: int = 1,                  # pictures at once: a photograph needs a lot of memory
            ) -> Float[Tensor, 'b c y x']:
-    "Whole pictures through a network: padded, in eval mode, cut back, clipped to 0 … 1. The model's mode is as before afterwards."
-    was = isinstance(model, nn.Module) and model.training
-    if was: model.eval()
-    try: done = [model(pad_to_multiple(part, multiple)) for part in images.split(batch_size)]
-    finally:
-        if was: model.train()
+    """Whole pictures through a network: padded, in eval mode, cut back, clipped to 0 … 1. Every module's mode is as before afterwards.
+
+    ValueError for pictures of another range."""
+    check_range(beyond=1, images=images)
+    if batch_size < 1: raise ValueError(f'batch_size must be at least 1, got {batch_size}')
+    with eval_mode(model): done = [model(pad_to_multiple(part, multiple)) for part in images.split(batch_size)]
     return torch.cat(done)[..., :images.shape[2], :images.shape[3]].clamp(0, 1)
 
 # %% ../../nbs/00_foundations/18_degradations.ipynb #5e5f8937
@@ -312,7 +332,8 @@ def before_after(before: Float[Tensor, 'c y x'], after: Float[Tensor, 'c y x'], 
                  labels: tuple[str, str] = ('before', 'after'),
                  width: int = 480,                               # of the picture on the page, in CSS pixels
                  at: int | float = .5):                          # where the edge is at first, share of the width
-    "One picture over the other with an edge to drag: works without a kernel and loads nothing. ValueError if the shapes differ."
+    "One picture over the other with an edge to drag: works without a kernel and loads nothing. ValueError if the shapes differ, or for another range than 0 … 1."
+    check_range(beyond=1, before=before, after=after)
     if before.shape != after.shape: raise ValueError(f'before and after must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}')
     if not 0 <= at <= 1: raise ValueError(f'at must be in 0 … 1, got {at}')
     height, say = round(width * before.shape[1] / before.shape[2]), html.escape

@@ -8,7 +8,7 @@ __all__ = ['TimeSeries', 'read_csv', 'generated', 'ett_table', 'Parts', 'ett_par
            'last_value', 'last_season']
 
 # %% ../../nbs/00_foundations/17_series.ipynb #e39d1d93
-import csv, math
+import csv, io, math, re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from . import find, series
+from ..measure import eval_mode
 
 # %% ../../nbs/00_foundations/17_series.ipynb #ef370017
 @dataclass(frozen=True)
@@ -43,12 +44,33 @@ class TimeSeries:
         return self.times.numpy().astype('datetime64[s]')
 
 # %% ../../nbs/00_foundations/17_series.ipynb #763975ba
+_DATE = re.compile(r'\d{4}-\d{2}(-\d{2}([T ]\d{2}(:\d{2}(:\d{2}(\.\d+)?)?)?)?)?')
+
+def _moment(text: str) -> np.datetime64:
+    "To the second. Whatever is not written as a date is refused: numpy takes a plain number for a year."
+    if not _DATE.fullmatch(text.strip()): raise ValueError(f'{text!r} is no date as 2016-07-01 or 2016-07-01 05:00:00')
+    return np.datetime64(text.strip(), 's')
+
+def _number(text: str, column: str) -> float:
+    "nan stands for a value that is missing; nothing else that is not finite goes through."
+    if '_' in text: raise ValueError(f'{column}: {text!r} is no number')         # to Python 1_000 is one
+    number = float(text)
+    if abs(number) > torch.finfo(torch.float32).max: raise ValueError(f'{column}: {text!r} is no finite number')
+    return number
+
 def read_csv(path: str | Path,
-             time: str = 'date',                    # name of the column of times, written as 2016-07-01 05:00:00, or anything numpy reads as a date
+             time: str = 'date',                    # name of the column of times, written as 2016-07-01 or 2016-07-01 05:00:00 (ISO 8601, no time zone)
              columns: Sequence[str] | None = None,  # which others, in this order; None: all
+             encoding: str = 'utf-8-sig',           # UTF-8, with or without a mark in front
              ) -> TimeSeries:
-    "A table with a header and a column of times. ValueError names the line that is no row of it: too short, not a number, or not later than the one before."
-    with open(path, encoding='utf-8-sig', newline='') as f:
+    """A table with a header and a column of times.
+
+    ValueError names the line that is no row of it: too short or too long, not a finite number, no date (a row's number, seconds since 1970), or not later than the one before."""
+    try: text = Path(path).read_bytes().decode(encoding)
+    except UnicodeDecodeError as e:
+        line = e.object[:e.start].count(b'\n') + 1
+        raise ValueError(f'{path}: line {line} is not {encoding.removesuffix("-sig")} ({e.reason}); name its `encoding`, such as cp1252 or utf-16') from None
+    with io.StringIO(text, newline='') as f:
         lines = csv.reader(f)
         header = [name.strip() for name in next(lines, [])]
         if time not in header: raise ValueError(f'{path}: has no column {time!r}, only {", ".join(header)}')
@@ -59,10 +81,10 @@ def read_csv(path: str | Path,
         for number, line in enumerate(lines, 2):
             if not line: continue
             try:
-                dates.append(np.datetime64(line[at].strip(), 's'))
-                if np.isnat(dates[-1]): raise ValueError(f'{line[at]!r} is no date')
-                values.append([float(line[i]) for i in where])
-            except (ValueError, IndexError) as e: raise ValueError(f'{path}: line {number} is no row of {len(header)} columns: {e}') from None
+                if len(line) != len(header): raise ValueError(f'it has {len(line)}')
+                dates.append(_moment(line[at]))
+                values.append([_number(line[i], header[i]) for i in where])
+            except ValueError as e: raise ValueError(f'{path}: line {number} is no row of {len(header)} columns: {e}') from None
             if len(dates) > 1 and not dates[-1] > dates[-2]: raise ValueError(f'{path}: line {number} ({line[at]}) is not later than the one before')
     if not dates: raise ValueError(f'{path}: has a header and no rows')
     return TimeSeries(tuple(wanted), torch.tensor(values, dtype=torch.float32).view(len(dates), len(wanted)), torch.from_numpy(np.array(dates).astype(np.int64)))
@@ -186,8 +208,13 @@ def forecasting_sets(table: TimeSeries,
                      scale: bool = True,
                      device: str | torch.device = 'cpu',
                      ) -> Sets:
-    "Standardised windows of every part. ValueError if the table ends before the parts do, or a part has no window."
+    "Standardised windows of every part. ValueError if the table ends before the parts do, a part has no window, or one holds numbers that are not finite."
     if parts.test.stop > len(table): raise ValueError(f'parts: got rows up to {parts.test.stop}, but the table has {len(table)}')
+    for name, part in parts._asdict().items():
+        wrong = (~table.values[part.start:part.stop].isfinite()).nonzero()
+        if not len(wrong): continue
+        row, column = part.start + int(wrong[0, 0]), table.columns[wrong[0, 1]]
+        raise ValueError(f'table: {len(wrong)} numbers of the {name} rows are not finite, the first {column!r} in row {row} ({table.dates()[row]}); fill them in first')
     scaler = Scaler.fit(table.values[parts.train.start:parts.train.stop])
     values = (scaler.apply(table.values) if scale else table.values).to(device)
     marks = None if freq is None else calendar(table.times, freq).to(device)
@@ -268,22 +295,20 @@ class Scores(NamedTuple):
     windows: int
 
 @torch.no_grad()
-def evaluate(forecast: Callable[[Tensor, Tensor | None], Tensor],  # (x 'b t n', x_mark 'b t c' or None) -> 'b s n'; a module is put into eval mode meanwhile
+def evaluate(forecast: Callable[[Tensor, Tensor | None], Tensor],  # (x 'b t n', x_mark 'b t c' or None) -> 'b s n'; a module is in eval mode meanwhile
              windows: Windows,
              batch_size: int = 256) -> Scores:
     "Errors of a forecaster over every window, summed in double precision. ValueError for forecasts of another shape than the targets."
-    was = forecast.training if isinstance(forecast, torch.nn.Module) else None
-    if was: forecast.eval()
+    if batch_size < 1: raise ValueError(f'batch_size: got {batch_size}, wanted 1 or more')
+    if not windows.values.isfinite().all(): raise ValueError('windows: hold numbers that are not finite, so no error can be told; fill them in first')
     square, absolute = 0., 0.
-    try:
+    with eval_mode(forecast):
         for i in range(0, len(windows), batch_size):
             b = windows[i:i + batch_size]
             out = forecast(b.x, b.x_mark)
             if out.shape != b.y.shape: raise ValueError(f'forecast: gave {tuple(out.shape)} for targets of {tuple(b.y.shape)}')
             error = out.double() - b.y.double()
             square, absolute = square + error.square().sum(0), absolute + error.abs().sum().item()
-    finally:
-        if was: forecast.train()
     mean = square / len(windows)
     return Scores(mean.mean().item(), absolute / len(windows) / mean.numel(), mean.mean(1).cpu(), mean.mean(0).cpu(), len(windows))
 
@@ -294,6 +319,7 @@ def last_value(pred_len: int) -> Callable[..., Tensor]:
 
 def last_season(pred_len: int, season: int) -> Callable[..., Tensor]:
     "A forecaster that repeats the last `season` steps. ValueError if the lookback is shorter."
+    if season < 1: raise ValueError(f'season: got {season}, wanted 1 or more')
     def forecast(x, x_mark=None):
         if x.shape[1] < season: raise ValueError(f'season: got {season}, but the lookback has {x.shape[1]} steps')
         return x[:, -season:].repeat(1, math.ceil(pred_len / season), 1)[:, :pred_len]

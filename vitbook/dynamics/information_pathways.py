@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from ..layers.attention import Attention, attention, masked_softmax
 from ..layers.embed import pair
 from ..layers.position import apply_rope
+from ..measure import eval_mode
 from ..registry import register_model
 from ..vit import VisionTransformer
 
@@ -542,9 +543,8 @@ def _watched(self, *args, **kwargs):
         else: out = _compute(self, args, kwargs)
     finally: _now.modules.pop()
     for ctx, _ in self.__dict__.get('_subsampling', ()):
-        if ctx.active and ctx.model is self and outermost and not ctx.seen:
-            raise ValueError(f'{type(self).__name__} made no attention call that `subsampled` can see, or `layers` chose none: it sees vitbook, '
-                             "F.scaled_dot_product_attention (Hugging Face: attn_implementation='sdpa') and nn.MultiheadAttention")
+        ctx.called = True
+        if ctx.active and ctx.model is self and outermost and not ctx.seen: raise ValueError(ctx.nothing())
     return out
 
 def _compute(self, args, kwargs):
@@ -583,13 +583,17 @@ class subsampled:
         if sampling is not None and (keys, fraction) != (None, None): raise ValueError('give sampling, or keys or fraction, not both')
         self.sampling = sampling or Sampling(form, keys, fraction, sigma, grid, shift, pairs, always, per_sample, during, generator)
         if type(model).__name__ == 'OptimizedModule': raise ValueError('model is compiled, and a compiled graph has no place to draw: give the model it was made from, or build it from SubsampledAttention')
-        self.model, self.layers, self.active, self.seen = model, layers, False, 0
+        modules = dict(model.named_modules())
+        if not any(layers(name) for name in modules): raise ValueError(f'layers: chose none of the {len(modules)} modules of {type(model).__name__}')
+        if not any(isinstance(m, nn.MultiheadAttention) or not type(m).__module__.startswith('torch.nn.') for m in modules.values()):
+            raise ValueError(f'model: {type(model).__name__} has no attention to subsample: it is made of torch.nn layers without nn.MultiheadAttention')
+        self.model, self.layers, self.active, self.seen, self.called = model, layers, False, 0, False
 
     def __deepcopy__(self, memo): return self     # a model copied inside follows the same context, and is dense when it has ended
 
     def __enter__(self):
         if self.active: raise ValueError('this context is open already; make another one')
-        self.active, self.seen = True, 0
+        self.active, self.seen, self.called = True, 0, False
         for name, m in self.model.named_modules():
             if isinstance(m, torch.jit.ScriptModule): continue
             if '_subsampling' not in m.__dict__:
@@ -598,8 +602,17 @@ class subsampled:
             m.__dict__['_subsampling'].append((self, name))
         return self
 
+    def nothing(self) -> str:
+        return (f'{type(self.model).__name__} made no attention call that `subsampled` can see, or `layers` chose none: it sees vitbook, '
+                "F.scaled_dot_product_attention (Hugging Face: attn_implementation='sdpa') and nn.MultiheadAttention")
+
     def __exit__(self, *error):
         self.active = False
+        self.leave()
+        if self.called and not self.seen and not any(error): raise ValueError(self.nothing())    # modules were called one by one
+
+    def leave(self):
+        "Everything as before."
         for m in self.model.modules():
             open_ = [pair for pair in m.__dict__.get('_subsampling', ()) if pair[0] is not self]
             if '_subsampling' not in m.__dict__: continue
@@ -623,20 +636,17 @@ def sub_networks(model: nn.Module,
                  fold: int | None = None,        # members in one pass through the model; None: all
                  layers: Callable[[str], bool] = lambda name: True,
                 ) -> Float[Tensor, 's b k']:     # logits of every member
-    "Logits of S freshly drawn sub-networks, folded into the batch; the draws do not depend on `fold`. In eval mode; the model's own mode is as before afterwards."
+    "Logits of S freshly drawn sub-networks, folded into the batch; the draws do not depend on `fold`. In eval mode; every module's own mode is as before afterwards."
     if members < 1: raise ValueError(f'members must be at least 1, got {members}')
-    fold, was, out = fold or members, [m for m in model.modules() if m.training], []
+    fold, out = fold or members, []
     seeds = torch.randint(2 ** 62, (members,), generator=generator, device=generator.device if generator is not None else None).tolist()
-    model.eval()
-    try:
+    with eval_mode(model):
         for i in range(0, members, fold):
             part = [torch.Generator().manual_seed(s) for s in seeds[i:i + fold]]
             with subsampled(model, sampling=replace(sampling, during='always', generator=part, memory={}), layers=layers):
                 y = model(x.repeat(len(part), *[1] * (x.dim() - 1)))
             y = getattr(y, 'logits', y)
             out.append(y.unflatten(0, (len(part), len(x))))
-    finally:
-        for m in was: m.training = True
     return torch.cat(out)
 
 

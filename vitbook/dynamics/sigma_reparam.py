@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'NORMS', 'QKV', 'attention_entropy', 'EntropyTrace', 'extremal_logits', 'entropy_bound', 'row_length', 'wide',
-           'exact', 'joined', 'power_step', 'first_vector', 'Sigma', 'check_options', 'SigmaLinear', 'SigmaConv1d',
-           'SigmaConv2d', 'SigmaConv3d', 'SigmaMultiheadAttention', 'sigma_layers', 'drop_norms', 'convert', 'fold',
-           'bypassed', 'spectral_norms', 'from_official', 'adam_update', 'adam_update_bound', 'SigmaVisionTransformer',
-           'sigma_vit_base_patch16_224', 'sigma_vit_large_patch16_224', 'PowerIteration']
+           'exact', 'joined', 'weight_mark', 'power_step', 'first_vector', 'Sigma', 'check_options', 'SigmaLinear',
+           'SigmaConv1d', 'SigmaConv2d', 'SigmaConv3d', 'SigmaMultiheadAttention', 'sigma_layers', 'drop_norms',
+           'convert', 'fold', 'bypassed', 'spectral_norms', 'from_official', 'adam_update', 'adam_update_bound',
+           'SigmaVisionTransformer', 'sigma_vit_base_patch16_224', 'sigma_vit_large_patch16_224', 'PowerIteration']
 
 # %% ../../nbs/01_dynamics/01_sigma_reparam.ipynb #151e7da4
 import fnmatch, math
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..layers.norm import RMSNorm
+from ..measure import eval_mode
 from ..registry import register_model
 from ..see import recording
 from ..vit import VisionTransformer
@@ -34,12 +35,7 @@ def attention_entropy(model: nn.Module,            # any model `see.recording` c
     """Attention entropy of every head, from one evaluation pass that leaves modes and buffers as they were. Source: arXiv:2303.06296, sec. 3.
 
     ValueError if no softmax attention was seen, or if layers differ in their number of heads."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with recording(model, weights=False) as rec: model(*inputs)
-    finally:
-        for m, was in modes: m.training = was
+    with eval_mode(model), recording(model, weights=False) as rec: model(*inputs)
     if len({e.shape[1] for e in rec.entropy}) != 1:
         raise ValueError(f'model must attend with softmax, all layers with one number of heads, got heads {[e.shape[1] for e in rec.entropy]}')
     return torch.stack([e.mean((0, 2)) for e in rec.entropy])
@@ -101,6 +97,10 @@ def exact(device: torch.device) -> AbstractContextManager:
 def joined(parts: Sequence[Tensor]) -> Tensor:
     "Rows of all blocks; the one block itself, as nearly always."
     return parts[0] if len(parts) == 1 else torch.cat(tuple(parts))
+
+def weight_mark(W: Tensor) -> Float[Tensor, '']:
+    "By which a changed weight is known: torch's own counter of changes does not see those made through `.data`."
+    return W.detach().sum(dtype=wide(W.dtype))
 
 @torch.no_grad()
 def power_step(W: Float[Tensor, '*g o i'],
@@ -205,8 +205,8 @@ class Sigma:
     def step(self) -> tuple[Float[Tensor, 'o'], Float[Tensor, 'k i'], Float[Tensor, 'k']]: # v, u', sigma
         "The estimate of this forward pass. In training mode u moves on, unless a `PowerIteration` has moved it for this very weight already."
         if self.training and self._fresh is not None and not torch.compiler.is_compiling():
-            W, version, estimate = self._fresh
-            if W is getattr(self, self.matrix_name) and version == W._version: return estimate
+            W, mark, estimate = self._fresh
+            if W is getattr(self, self.matrix_name) and torch.equal(weight_mark(W), mark): return estimate
         v, u, sigma = self.gather([power_step(*p) for p in self.parts()])
         if self.training: self.move(v, u)
         return v, u, sigma
@@ -353,12 +353,18 @@ def _plan(model, skip, qkv, redrawn):
         hit = {s for s in skip if any(fnmatch.fnmatchcase('.'.join(steps[:i]), s) for i in range(1, len(steps) + 1))}
         unused -= hit
         kind = next((k for k in KINDS if isinstance(m, k)), None)
-        if hit or kind is None or isinstance(m, Sigma): continue
+        if hit or isinstance(m, Sigma): continue
+        if type(m).__name__ == 'Conv1D' and not isinstance(m, nn.Conv1d):
+            raise ValueError(f'{name or "the model"} (Conv1D, of transformers) is a linear layer with its weight the other way round, which is not supported; skip=[{name!r}] leaves it as it is')
+        if kind is None: continue
         if why := _refusal(name, m, kind, owners, redrawn): raise ValueError(f'{name or "the model"} ({type(m).__name__}) {why}; skip=[{name!r}] leaves it as it is')
         d, rest = divmod(len(getattr(m, KINDS[kind].matrix_name)), 3)
         fused = kind is nn.MultiheadAttention or kind is nn.Linear and steps[-1] in QKV and not rest
         out.append((name, m, kind, {'fused': None, 'qk_v': (2 * d, d), 'separate': (d, d, d)}[qkv] if fused else None))
     if unused: raise ValueError(f'skip: nothing in the model is named {", ".join(sorted(unused))}')
+    if not out and not any(True for _ in sigma_layers(model)):
+        left = f' outside of skip={list(skip)}' if skip else ''
+        raise ValueError(f'model: {type(model).__name__} has nothing to convert, no {", ".join(k.__name__ for k in KINDS)}{left}')
     if qkv != 'fused' and not any(blocks for *_, blocks in out): raise ValueError(f'qkv={qkv!r} needs a linear layer named {", ".join(QKV)} or an nn.MultiheadAttention, the model has none')
     return out
 
@@ -377,7 +383,7 @@ def convert(model: nn.Module,                # changed in place
            ) -> nn.Module:                   # the same model
     """σReparam for every Linear, Conv1d/2d/3d and nn.MultiheadAttention of any model. Weights, biases, hooks and modes are kept; what is converted already is left alone.
 
-    ValueError, with the layer's name and before anything is changed, if one cannot be converted: groups, tied, lazy, reparametrised already, zero, a forward of its own.
+    ValueError, with the layer's name and before anything is changed, if one cannot be converted: groups, tied, lazy, reparametrised already, zero, a forward of its own; or if there is none.
     Make the optimizer afterwards: gamma is new. Source: arXiv:2303.06296, sec. 3.1; official code, convert_to_sn."""
     check_options(gamma_init, side)
     if qkv not in ('fused', 'qk_v', 'separate'): raise ValueError(f"qkv must be 'fused', 'qk_v' or 'separate', got {qkv!r}")
@@ -416,14 +422,14 @@ def fold(model: nn.Module, # changed in place
 # %% ../../nbs/01_dynamics/01_sigma_reparam.ipynb #829b2e53
 def bypassed(model: nn.Module, *inputs: Any) -> list[str]:
     "Names of σReparam layers whose forward an evaluation pass does not call: some code reads their weights directly and misses the reparametrisation."
-    called, modes = set(), [(m, m.training) for m in model.modules()]
+    called = set()
+    if not any(True for _ in sigma_layers(model)): raise ValueError('model: has no σReparam layer; `convert` makes them')
     inside = {id(m.out_proj) for _, m in sigma_layers(model) if isinstance(m, SigmaMultiheadAttention)}   # read by its parent, properly
     hooks = [m.register_forward_hook(lambda m, x, y: called.add(id(m))) for _, m in sigma_layers(model)]
     try:
-        with torch.no_grad(): model.eval()(*inputs)
+        with eval_mode(model), torch.no_grad(): model(*inputs)
     finally:
         for h in hooks: h.remove()
-        for m, was in modes: m.training = was
     return [name for name, m in sigma_layers(model) if id(m) not in called | inside]
 
 @torch.no_grad()
@@ -433,9 +439,7 @@ def spectral_norms(model: nn.Module) -> dict[str, float]:
     for name, m in model.named_modules():
         kind = next((k for k in KINDS if isinstance(m, k)), None)
         if kind is None: continue
-        training, m.training = m.training, False
-        W = m.effective_weight() if isinstance(m, Sigma) else getattr(m, KINDS[kind].matrix_name)
-        m.training = training
+        with eval_mode(m): W = m.effective_weight() if isinstance(m, Sigma) else getattr(m, KINDS[kind].matrix_name)
         if W is not None: out[name] = torch.linalg.matrix_norm(W.flatten(1).to(wide(W.dtype)), 2).item()
     return out
 
@@ -487,7 +491,7 @@ class SigmaVisionTransformer(VisionTransformer):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None):
         "A new σReparam head for `num_classes` classes; 0 takes the head away."
         super().reset_classifier(num_classes, global_pool)
-        if hasattr(self, 'gamma_init'): self.head = convert(self.head, gamma_init=self.gamma_init, init_std=.02)
+        if hasattr(self, 'gamma_init') and num_classes: self.head = convert(self.head, gamma_init=self.gamma_init, init_std=.02)
 
 _sigma = dict(paper='2303.06296', part='dynamics', chapter='sigma_reparam', example=dict(img_size=32, patch_size=8, num_classes=10, embed_dim=48, depth=2, num_heads=3))
 
@@ -505,6 +509,7 @@ class PowerIteration:
     Every training pass until the weights change uses these vectors and moves u no further: with gradient accumulation and activation checkpointing too."""
     def __init__(self, model: nn.Module):
         groups = {}
+        if not any(True for _ in sigma_layers(model)): raise ValueError('model: has no σReparam layer; `convert` makes them')
         for _, m in sigma_layers(model): groups.setdefault((getattr(m, m.matrix_name).shape, m.blocks, m.side), []).append(m)
         self.groups = list(groups.values())
 
@@ -518,4 +523,4 @@ class PowerIteration:
             else: near, far, sigma = zip(*(power_step(w.mT, x) for w, x in zip(W, u.split(first.blocks, 1))))
             far, near, sigma = torch.cat(far, 1), torch.stack(near, 1), torch.stack(sigma, 1)
             torch._foreach_copy_([m.u for m in layers], list((near if first.side == 'in' else far).unbind()))
-            for m, w, *estimate in zip(layers, weights, far.unbind(), near.unbind(), sigma.unbind()): m.__dict__['_fresh'] = w, w._version, tuple(estimate)
+            for m, w, *estimate in zip(layers, weights, far.unbind(), near.unbind(), sigma.unbind()): m.__dict__['_fresh'] = w, weight_mark(w), tuple(estimate)

@@ -23,6 +23,7 @@ from ..layers.attention import attention
 from ..layers.block import GatedMlp, Mlp
 from ..layers.embed import patchify, unpatchify
 from ..layers.position import apply_rope
+from ..measure import eval_mode
 from ..registry import load_weights, register_model
 
 # %% ../../nbs/08_generation/01_fitv2.ipynb #060636f3
@@ -536,6 +537,8 @@ def unfreeze(model: nn.Module,
             ) -> float:                                           # share of the parameters that is trained
     "Freeze all but the parameters whose names contain one of `parts`: the recipe for post-training at a higher resolution. Source: arXiv:2410.13925, sec. 3.4, with the code's names."
     if not parts: raise ValueError('parts must name at least one part of the model')
+    names = [name for name, _ in model.named_parameters()]
+    if unknown := [part for part in parts if not any(part in name for name in names)]: raise ValueError(f'parts: no parameter of {type(model).__name__} has {unknown[0]!r} in its name')
     for name, p in model.named_parameters(): p.requires_grad = any(part in name for part in parts)
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(n for n, train in sizes if train) / sum(n for n, _ in sizes)
@@ -558,8 +561,6 @@ def sample(model: FiT,
     if noise is None: noise = torch.randn(len(y), rows * columns, model.token_dim, generator=generator)
     if tuple(noise.shape) != (len(y), rows * columns, model.token_dim): raise ValueError(f'noise must be {len(y)} x {rows * columns} x {model.token_dim}, got {tuple(noise.shape)}')
     grid, size = grid_of(rows, columns).expand(len(y), -1, -1).to(p.device), torch.tensor([[rows, columns]], device=p.device).expand(len(y), 1, 2)
-    was = model.training
-    model.eval()
-    try: x = sample_ode(lambda x, t: model.guided(x, t, y.to(p.device), grid, None, size, scale=scale, power=power, channels=channels), noise.to(p), steps=steps, method=method)
-    finally: model.train(was)
+    field = lambda x, t: model.guided(x, t, y.to(p.device), grid, None, size, scale=scale, power=power, channels=channels)
+    with eval_mode(model): x = sample_ode(field, noise.to(p), steps=steps, method=method)
     return unpatchify(x, model.patch_size, (rows, columns), model.in_chans)

@@ -910,15 +910,24 @@ def routed(model: nn.Module,                     # with `blocks`, `embed_dim` an
            layers: Sequence[int] | None = None,  # which blocks; None: all but the first
            **gate: Any,                          # gate_bias, temperature
           ) -> nn.Module:                        # the same model
-    "Put a row gate before blocks of a ViT, in place."
-    for i in range(1, len(model.blocks)) if layers is None else layers:
-        model.blocks[i] = RoutedBlock(model.blocks[i], model.embed_dim, model.num_prefix_tokens, **gate).train(model.training)
+    "Put a row gate before blocks of a ViT, in place. ValueError, before anything is changed, for another kind of model, or a block that it has not."
+    if lacks := [name for name in ('blocks', 'embed_dim', 'num_prefix_tokens') if not hasattr(model, name)]:
+        raise ValueError(f'model: {type(model).__name__} has no {", ".join(lacks)}, which a ViT of vitbook or timm has')
+    layers = list(range(1, len(model.blocks)) if layers is None else layers)
+    if not layers or not all(0 <= i < len(model.blocks) for i in layers): raise ValueError(f'layers: got {layers}, wanted some of 0 … {len(model.blocks) - 1}')
+    new = {i: RoutedBlock(model.blocks[i], model.embed_dim, model.num_prefix_tokens, **gate) for i in layers}
+    for i, block in new.items():
+        block.training = block.block.training             # the gate's mode is its block's; modules inside keep their own
+        block.gate.train(block.training)
+        model.blocks[i] = block
     return model
 
 
 class watched:
     "`with watched(model) as gates: model(x)`: the gates of all routed blocks in this pass, a list of b n, with gradients."
-    def __init__(self, model: nn.Module): self.blocks = [m for m in model.modules() if isinstance(m, RoutedBlock)]
+    def __init__(self, model: nn.Module):
+        self.blocks = [m for m in model.modules() if isinstance(m, RoutedBlock)]
+        if not self.blocks: raise ValueError(f'model: {type(model).__name__} has no routed block; `routed` makes them')
     def __enter__(self) -> list[Tensor]:
         seen = []
         for m in self.blocks: m._seen = seen

@@ -445,3 +445,10 @@ def test_copies_pickles_and_other_dtypes():
 ])
 def test_bad_input_is_named(call, words, unchecked):
     with pytest.raises(ValueError, match=words): call()
+
+
+def test_parts_that_no_parameter_has_are_named():
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="'x_embeder'"): V.unfreeze(model, ('bias', 'x_embeder'))
+    assert model.weight.requires_grad, 'nothing is frozen by a mistake'
+    assert V.unfreeze(model, ('bias',)) == pytest.approx(1 / 3)

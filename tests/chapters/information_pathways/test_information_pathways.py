@@ -571,9 +571,22 @@ def test_bad_input_is_named(unchecked):
     bad(lambda: P.SSAVisionTransformer(32, 8, form='local', keep_prefix=False), 'keep_prefix')
     bad(lambda: P.SSAVisionTransformer(32, 8, form='local', dynamic_img_size=True), 'dynamic_img_size')
     with P.subsampled(model, keys=2, form='local', grid=(4, 4)): bad(lambda: model(x), 'grid', 17, 'always=0')
-    with P.subsampled(model, keys=2, layers=lambda name: False): bad(lambda: model(x), 'layers')
-    with P.subsampled(nn.Linear(3, 3), keys=2) as ctx: bad(lambda: ctx.model(torch.rand(2, 3)), 'no attention')
+    bad(lambda: P.subsampled(model, keys=2, layers=lambda name: False), 'layers')
+    bad(lambda: P.subsampled(nn.Linear(3, 3), keys=2), 'no attention')
+    class Blind(nn.Linear): pass
+    with P.subsampled(Blind(3, 3), keys=2) as ctx: bad(lambda: ctx.model(torch.rand(2, 3)), 'no attention')
     with P.subsampled(model, keys=2) as ctx: bad(ctx.__enter__, 'open')
     class Weights(nn.Module):
         def forward(self, q): return attention(q, q, q, return_weights=True).out
     with P.subsampled(Weights(), keys=2) as ctx: bad(lambda: ctx.model(q), 'layers')
+
+
+def test_a_model_without_attention_is_refused():
+    "Where it can be known before a call, and else at the first one; also if modules are called one by one."
+    with pytest.raises(ValueError, match='no attention'): P.subsampled(nn.Sequential(nn.Linear(4, 4)), keys=2)
+    vit = VisionTransformer(16, 8, num_classes=3, embed_dim=12, depth=2, num_heads=3).train()
+    with pytest.raises(ValueError, match='chose none of'): P.subsampled(vit, keys=2, layers=lambda name: name == 'encoder')
+    with pytest.raises(ValueError, match='made no attention call'), P.subsampled(vit, keys=2): vit.blocks[0].mlp(torch.rand(1, 4, 12))
+    assert 'forward' not in vit.__dict__, 'and everything is as before'
+    with P.subsampled(vit, keys=2) as context: vit.blocks[0](torch.rand(1, 5, 12))
+    assert context.seen

@@ -716,3 +716,45 @@ def test_the_model():
     for norm in S.spectral_norms(S.SigmaVisionTransformer(**SMALL)).values(): assert abs(norm - 1) < 1e-4
     plain = S.spectral_norms(small())
     assert plain['head'] == pytest.approx(svd_norm(small().head.weight).item(), rel=1e-5) and len(plain) == 10
+
+
+# ---- what finds nothing, and weights changed behind torch's back
+
+class Conv1D(nn.Module):
+    "As transformers has it: a linear layer with its weight the other way round."
+    def __init__(self, a, b):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(a, b)), nn.Parameter(torch.zeros(b))
+
+    def forward(self, x): return x @ self.weight + self.bias
+
+
+@pytest.mark.parametrize('call, words', [
+    (lambda: S.convert(nn.Sequential(nn.ReLU())), 'Sequential has nothing to convert, no Linear'), (lambda: S.convert(nn.Sequential(nn.Linear(2, 2)), skip=['0']), 'outside of skip'),
+    (lambda: S.convert(nn.Sequential(Conv1D(2, 2), nn.Linear(2, 2))), '0 .Conv1D'), (lambda: S.bypassed(nn.Linear(2, 2), torch.ones(2)), 'no σReparam layer'), (lambda: S.PowerIteration(nn.Linear(2, 2)), 'no σReparam layer')])
+def test_what_finds_nothing_says_so(call, words):
+    with pytest.raises(ValueError, match=words): call()
+
+
+def test_what_is_converted_already_or_has_no_head_is_no_mistake():
+    model = S.convert(nn.Sequential(nn.Linear(3, 3)))
+    assert S.convert(model) is model and len(list(S.sigma_layers(model))) == 1
+    assert len(list(S.sigma_layers(S.convert(nn.Sequential(Conv1D(3, 3), nn.Linear(3, 3)), skip=['0'])))) == 1
+    vit = create_model('sigma_vit_base_patch16_224', img_size=16, patch_size=8, embed_dim=12, depth=1, num_heads=3)
+    vit.reset_classifier(0)
+    assert vit(torch.rand(1, 3, 16, 16)).shape == (1, 12)
+
+
+@pytest.mark.parametrize('change', [lambda p: p.data.mul_(3), lambda p: setattr(p, 'data', p.data.roll(1, 0) * 2), lambda p: nn.utils.vector_to_parameters(p.detach().flatten() * 3, [p])])
+def test_an_estimate_is_not_used_for_a_weight_changed_through_data(change):
+    "As a model of these weights without a kept estimate; unchanged weights go on with theirs."
+    model, x = S.convert(nn.Sequential(nn.Linear(6, 5))).train(), torch.randn(4, 6)
+    iterate = S.PowerIteration(model)
+    iterate()
+    u = model[0].u.clone()
+    model(x), model(x)
+    assert torch.equal(model[0].u, u), 'u has moved already'
+    change(model[0].weight)
+    fresh = copy.deepcopy(model)
+    fresh[0].__dict__['_fresh'] = None
+    assert torch.equal(model(x), fresh(x)) and not torch.equal(model[0].u, u)

@@ -693,3 +693,12 @@ def test_bad_arguments(more, words):
     (lambda m: m.costs(0), 'img_size.*0x0')])
 def test_bad_calls(call, words):
     with pytest.raises(ValueError, match=words): call(router())
+
+
+@pytest.mark.parametrize('call, words', [
+    (lambda vit: T.routed(nn.Linear(2, 2)), 'Linear has no blocks, embed_dim'), (lambda vit: T.routed(vit, [0, 2]), 'layers: got .0, 2., wanted some of 0 … 1'), (lambda vit: T.routed(vit, []), 'layers'),
+    (lambda vit: T.watched(vit), 'no routed block')])
+def test_routing_what_cannot_be_routed(call, words):
+    vit = VisionTransformer(16, 8, num_classes=3, embed_dim=12, depth=2, num_heads=3)
+    with pytest.raises(ValueError, match=words): call(vit)
+    assert not any(isinstance(m, T.RoutedBlock) for m in vit.modules())
