@@ -82,8 +82,9 @@ def problems(draw, masked=True):
     b, h, n, m, d, e = (draw(st.integers(1, top)) for top in (2, 3, 7, 7, 6, 6))
     seed = draw(st.integers(0, 99))
     given = {}
-    if draw(st.booleans()): given['bias'] = seeded(*draw(st.sampled_from([(b, h, n, m), (1, h, n, m), (n, m), (b, 1, 1, m)])), seed=seed)
-    if masked and draw(st.booleans()): given['mask'] = seeded(*draw(st.sampled_from([(b, h, n, m), (b, 1, 1, m), (n, m)])), seed=seed + 1) > -.3
+    pairs = (1, 1, n, m) if b == n else (n, m)                            # of two axes it would be read in two ways where b is n
+    if draw(st.booleans()): given['bias'] = seeded(*draw(st.sampled_from([(b, h, n, m), (1, h, n, m), pairs, (b, 1, 1, m)])), seed=seed)
+    if masked and draw(st.booleans()): given['mask'] = seeded(*draw(st.sampled_from([(b, h, n, m), (b, 1, 1, m), pairs])), seed=seed + 1) > -.3
     if draw(st.booleans()): given['causal'] = True
     if draw(st.booleans()): given['scale'] = .7
     return seeded(b, h, n, d, seed=seed), seeded(b, h, m, d, seed=seed + 2), seeded(b, h, m, e, seed=seed + 3), given

@@ -183,10 +183,10 @@ def write_index(path: str | Path | None = None): # None: `vitbook/_models.py`, w
 # %% ../nbs/00_foundations/08_registry.ipynb #20523ed2
 def load_weights(model: nn.Module,
                  state_dict: Mapping[str, Tensor]):
-    "Load `state_dict` into `model`, or raise ValueError with everything that does not fit: missing, unexpected and wrongly shaped entries."
+    "Load `state_dict` into `model`, or raise ValueError with everything that does not fit: missing, unexpected and wrongly shaped entries. What grid positions were learned on (`pos_grid`) need not be said."
     own = model.state_dict()
     wrong = [f'{k}: {tuple(v.shape)} instead of {tuple(own[k].shape)}' for k, v in state_dict.items() if k in own and v.shape != own[k].shape]
-    lists = dict(missing=[k for k in own if k not in state_dict], unexpected=[k for k in state_dict if k not in own], **{'of another shape': wrong})
+    lists = dict(missing=[k for k in own if k not in state_dict and k.rpartition('.')[2] != 'pos_grid'], unexpected=[k for k in state_dict if k not in own], **{'of another shape': wrong})
     if any(lists.values()):
         raise ValueError(f'state_dict does not fit {type(model).__name__}: ' + '; '.join(f'{len(v)} {k} ({", ".join(v)})' for k, v in lists.items() if v))
     model.load_state_dict(state_dict)

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from .layers.block import Block, drop_path_rates
 from .layers.conv import tokens_to_map
 from .layers.embed import PatchEmbed, pair
-from .layers.position import resize_position
+from .layers.position import LearnedGrid, resize_position, trained_grid
 from .backbone import Backbone, Level
 from .registry import load_weights, register_model
 
 # %% ../nbs/00_foundations/09_vit.ipynb #4e5de290
-class _PublishedViT(Backbone):
+class _PublishedViT(LearnedGrid, Backbone):
     "The part of a Vision Transformer that deals with weights from elsewhere."
     @staticmethod
     def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -35,12 +35,8 @@ class _PublishedViT(Backbone):
         raise ValueError('weights do not tell the number of heads: make the model first, or use vit_from_state_dict')
 
     def resized(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        "Positions learned on a square grid, interpolated to this model's."
-        out, prefix = dict(state_dict), 0 if self.no_embed_class else self.num_prefix_tokens
-        side = round((out['pos_embed'].shape[1] - prefix) ** .5) if 'pos_embed' in out else 0
-        if 'pos_embed' in out and out['pos_embed'].shape[1] == prefix + side ** 2 and out['pos_embed'].shape[1] != self.pos_embed.shape[1]:
-            out['pos_embed'] = resize_position(out['pos_embed'], side, self.grid_size, prefix)
-        return out
+        "Positions interpolated from the grid they were learned on to this model's. ValueError if the weights do not tell it and it is not plain."
+        return self.regridded(state_dict, 0 if self.no_embed_class else self.num_prefix_tokens)
 
 # %% ../nbs/00_foundations/09_vit.ipynb #5e69b1d1
 class VisionTransformer(_PublishedViT):
@@ -126,7 +122,7 @@ class VisionTransformer(_PublishedViT):
         "Patch tokens behind the prefix tokens, positions added. Source: arXiv:2010.11929, eq. 1."
         grid = self.patch_embed.grid(*x.shape[2:])
         x = self.patch_embed(x)
-        prefix = [t.expand(len(x), -1, -1) for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
+        prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
         pos = self.position(grid)
         x = torch.cat([*prefix, x + pos], 1) if self.no_embed_class else torch.cat([*prefix, x], 1) + pos
         return self.pos_drop(x)
@@ -225,8 +221,10 @@ def vit_from_state_dict(state_dict: Mapping[str, Tensor],              # timm's 
     prefix, placed = cls + distilled + regs, sd['pos_embed'].shape[1]
     square = lambda n: round(n ** .5) ** 2 == n
     no_embed_class = not square(placed - prefix) and square(placed)
-    grid = round((placed - (0 if no_embed_class else prefix)) ** .5)
-    size = (grid * p, grid * q) if img_size is None else pair(img_size)
+    size = None if img_size is None else pair(img_size)
+    want = (1, 1) if size is None else (size[0] // p, size[1] // q)
+    grid = trained_grid(placed - (0 if no_embed_class else prefix), want, sd.pop('pos_grid', None))
+    if size is None: size = (grid[0] * p, grid[1] * q)
     avg = 'fc_norm.weight' in sd or not cls
     gamma = sd.get('blocks.0.ls1.gamma')
     model = VisionTransformer(

@@ -11,7 +11,6 @@ __all__ = ['split_widths', 'CrossScaleEmbed', 'PatchMerging', 'to_groups', 'from
 # %% ../../nbs/03_backbones/02_crossformer.ipynb #7de0001d
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,10 +21,11 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from ..backbone import Backbone, Level
+from ..kernels.entropy_attention import as_written, widened
 from ..layers.attention import attention
-from ..layers.block import DropPath, Mlp, drop_path_rates
+from ..layers.block import DropPath, Mlp, drop_path_rates, is_plain
 from ..layers.embed import pair
-from ..layers.position import resize_position
+from ..layers.position import LearnedGrid, resize_position
 from ..registry import register_model
 
 # %% ../../nbs/03_backbones/02_crossformer.ipynb #90a2dcd4
@@ -56,7 +56,8 @@ class CrossScaleEmbed(nn.Module):
         return torch.cat([self.by_cells(proj, x) if self.in_cells(proj) else proj(x).permute(0, 2, 3, 1) for proj in self.projs], -1)
 
     def in_cells(self, proj: nn.Conv2d) -> bool:
-        "Whether a kernel is large and its channels few: then a convolution over cells of stride x stride pixels is faster."
+        "Whether a plain convolution has a large kernel and few channels: then a convolution over cells of stride x stride pixels is faster."
+        if not is_plain(proj, nn.Conv2d): return False
         (k, _), (s, _) = proj.kernel_size, proj.stride
         return proj.in_channels < 16 and s > 1 and k % s == 0 and k >= 4 * s
 
@@ -129,9 +130,9 @@ class DynamicPositionBias(nn.Module):
 
     def table(self, group_size: int | tuple[int, int]) -> Float[Tensor, 'p q h']:
         "The bias of every offset that occurs in a group of g x h tokens: (2g - 1) x (2h - 1) of them, from -(g - 1) up."
-        like, (g, h) = self.proj.weight, pair(group_size)
+        like, (g, h) = next(self.parameters()), pair(group_size)
         at = [torch.arange(1 - n, n, device=like.device, dtype=like.dtype) for n in (g, h)]
-        with nullcontext() if like.is_meta else torch.autocast(like.device.type, enabled=False): return self(torch.stack(torch.meshgrid(*at, indexing='ij'), -1))
+        with as_written(like): return self(torch.stack(torch.meshgrid(*at, indexing='ij'), -1))
 
     def spread(self, group_size: int | tuple[int, int]) -> Float[Tensor, 'h n n']:
         "`bias`, computed anew. The table is read through sliding windows: nothing is looked up, and the gradient needs no scatter."
@@ -144,6 +145,7 @@ class DynamicPositionBias(nn.Module):
 
         Where no gradient can flow the result is kept, until a parameter holds another number; on the CPU only, since comparing would make a GPU wait."""
         own, key = list(self.parameters()), pair(group_size)
+        if not all(is_plain(m, DynamicPositionBias, nn.ModuleList, nn.Sequential, nn.Linear, nn.LayerNorm, nn.ReLU) for m in self.modules()): return self.spread(key)   # they want to be called
         if torch.is_grad_enabled() or own[0].device.type != 'cpu' or torch.compiler.is_compiling() or type(own[0]) is not nn.Parameter: return self.spread(key)
         now = torch.cat([p.detach().flatten() for p in own])
         if type(now) is not Tensor: return self.spread(key)                     # a tensor without numbers, as tracers use them
@@ -190,9 +192,10 @@ class GroupAttention(nn.Module):
         if bias is None or q.device.type != 'cpu' or not torch.is_grad_enabled():
             return attention(q, k, v, bias=bias, mask=mask, scale=self.scale, dropout_p=drop)
         # torch's fused kernel for the CPU gives the bias no gradient; what it falls back to is the equation with a few more passes
-        scores = (q * (self.scale or q.shape[-1] ** -.5)) @ k.transpose(-1, -2) + bias
-        if mask is not None: scores = scores.masked_fill(~mask, -torch.inf)
-        return F.dropout(scores.softmax(-1), drop).to(v.dtype) @ v
+        with as_written(q):
+            scores = (widened(q) * (self.scale or q.shape[-1] ** -.5)) @ widened(k).transpose(-1, -2) + bias
+            if mask is not None: scores = scores.masked_fill(~mask, -torch.inf)
+            return (F.dropout(scores.softmax(-1), drop) @ widened(v)).to(v.dtype)
 
 # %% ../../nbs/03_backbones/02_crossformer.ipynb #46aa3e40
 class CrossFormerBlock(nn.Module):
@@ -243,7 +246,7 @@ class CrossFormerBlock(nn.Module):
             edges = (left, right - left, top, below - top)
             if not self.no_mask:
                 real = F.pad(torch.ones(1, *size, 1, dtype=torch.bool, device=x.device), (0, 0, *edges))
-                mask = to_groups(real, group, interval)[..., 0].repeat(len(x), 1)
+                mask = to_groups(real, group, interval)[..., 0].repeat(x.shape[0], 1)
             x = F.pad(x, (0, 0, *edges))
         full = (x.shape[1], x.shape[2])
         x = from_groups(self.attn(to_groups(x, group, interval), group, mask), full, group, interval)
@@ -316,11 +319,11 @@ def in_portions(stage: nn.Module,
                ) -> Float[Tensor, 'b y x c']:
     "stage(x), a few pictures at a time: the same numbers, but what the stage holds in between stays in the processor's cache. On the CPU and without gradients only."
     if torch.is_grad_enabled() or x.device.type != 'cpu' or torch.compiler.is_compiling(): return stage(x)
-    portion = max(1, size // max(1, 4 * x[0].numel() * x.element_size()))
-    return stage(x) if len(x) <= portion else torch.cat([stage(part) for part in x.split(portion)])
+    portion = max(1, size // max(1, 4 * x.shape[1:].numel() * x.element_size()))
+    return stage(x) if x.shape[0] <= portion else torch.cat([stage(part) for part in x.split(portion)])
 
 # %% ../../nbs/03_backbones/02_crossformer.ipynb #d8f3b37f
-class OfficialNames(Backbone):
+class OfficialNames(LearnedGrid, Backbone):
     "What `from_official` and `load_checkpoint` need to know of CrossFormer's official checkpoints."
     @staticmethod
     def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -358,11 +361,8 @@ class OfficialNames(Backbone):
         return told
 
     def resized(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        "Absolute positions learned on a square grid, interpolated to this model's; the position bias is computed, and needs nothing."
-        out = dict(state_dict)
-        side = round(out['pos_embed'].shape[1] ** .5) if 'pos_embed' in out else 0
-        if side and self.pos_embed is not None and out['pos_embed'].shape[1] == side ** 2 != self.pos_embed.shape[1]: out['pos_embed'] = resize_position(out['pos_embed'], side, self.grid_size, 0)
-        return out
+        "Absolute positions interpolated from the grid they were learned on to this model's; the position bias is computed, and needs nothing."
+        return self.regridded(state_dict)
 
 # %% ../../nbs/03_backbones/02_crossformer.ipynb #99712b05
 class CrossFormer(OfficialNames):

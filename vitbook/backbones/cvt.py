@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..backbone import Backbone, Level
 from ..layers.attention import attention
-from ..layers.block import DropPath, Mlp, drop_path_rates
+from ..layers.block import DropPath, Mlp, drop_path_rates, is_plain
 from ..layers.conv import map_to_tokens
 from ..layers.embed import pair
 from ..registry import register_model
@@ -85,8 +85,8 @@ class ConvProjection(nn.Module):
 
     @torch.no_grad()
     def fuse(self):
-        "Multiply the batch norm into the convolution: the same numbers in evaluation, with one step less."
-        if not isinstance(getattr(self, 'bn', None), nn.BatchNorm2d): return
+        "Multiply the batch norm into the convolution, where both are plain: the same numbers in evaluation, with one step less."
+        if self.method != 'dw_bn' or not (is_plain(self.conv, nn.Conv2d) and is_plain(self.bn, nn.BatchNorm2d)): return
         bn = self.bn
         factor = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
         self.conv.weight.mul_(factor[:, None, None, None])
@@ -153,7 +153,7 @@ class ConvAttention(nn.Module):
         if hasattr(self, 'conv_proj_kv'): return
         for part in (self.conv_proj_q, self.conv_proj_k, self.conv_proj_v): part.fuse()
         k, v = self.conv_proj_k, self.conv_proj_v
-        if not join_kv or k.method != 'dw_bn': return
+        if not join_kv or k.method != 'dw_bn' or not all(is_plain(p.conv, nn.Conv2d) and is_plain(p.bn, nn.Identity) for p in (k, v)): return
         c = k.conv
         self.conv_proj_kv = nn.Conv2d(c.in_channels, 2 * c.in_channels, c.kernel_size, c.stride, c.padding, groups=c.groups, device=c.weight.device, dtype=c.weight.dtype)
         for name in ('weight', 'bias'): getattr(self.conv_proj_kv, name).copy_(torch.stack([getattr(k.conv, name), getattr(v.conv, name)], 1).flatten(0, 1))
@@ -171,8 +171,7 @@ class CvTMlp(Mlp):
 
     Where the activation is another one, or one of the three modules was replaced or is watched by a hook, it is an `Mlp` step by step."""
     def forward(self, x: Float[Tensor, '*b c']) -> Float[Tensor, '*b d']:
-        parts = self.fc1, self.act, self.fc2
-        if [type(m) for m in parts] != [nn.Linear, QuickGELU, nn.Linear] or any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in parts): return super().forward(x)
+        if not (is_plain(self.fc1, nn.Linear) and is_plain(self.act, QuickGELU) and is_plain(self.fc2, nn.Linear)): return super().forward(x)
         z = F.linear(x, self.fc1.weight * QuickGELU.alpha, self.fc1.bias * QuickGELU.alpha)
         return self.drop(F.linear(self.drop(F.silu(z, inplace=not z.requires_grad)), self.fc2.weight / QuickGELU.alpha, self.fc2.bias))
 
@@ -218,10 +217,10 @@ class CvTBlock(nn.Module):
     def fuse(self, join_kv: bool = False):
         "Fold the attention's batch norms, and QuickGELU's constant into the linear maps around it."
         self.attn.fuse(join_kv)
-        if type(self.mlp.act) is not QuickGELU: return
+        if not (is_plain(self.mlp.act, QuickGELU) and is_plain(self.mlp.fc1, nn.Linear) and is_plain(self.mlp.fc2, nn.Linear)): return
         for p in (self.mlp.fc1.weight, self.mlp.fc1.bias): p.mul_(QuickGELU.alpha)
         self.mlp.fc2.weight.div_(QuickGELU.alpha)
-        self.mlp.act = nn.SiLU(inplace=True)
+        self.mlp.act = nn.SiLU()
 
 # %% ../../nbs/03_backbones/01_cvt.ipynb #94b1c109
 class CvTStage(nn.Module):
@@ -265,7 +264,7 @@ class CvTStage(nn.Module):
         x = self.patch_embed(x)
         grid = tuple(x.shape[2:])
         x = map_to_tokens(x)
-        if self.cls_token is not None: x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+        if self.cls_token is not None: x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
         x = self.pos_drop(x)
         for i, block in enumerate(self.blocks): x = block(x, grid, cls_only and i == len(self.blocks) - 1)
         return x, grid

@@ -20,7 +20,7 @@ from ..layers.attention import Attention
 from ..layers.block import Block, Mlp, drop_path_rates
 from ..layers.conv import tokens_to_map
 from ..layers.embed import check_divisible, pair, patchify
-from ..layers.position import resize_position
+from ..layers.position import LearnedGrid, resize_position
 from ..registry import register_model
 
 # %% ../../nbs/03_backbones/03_tnt.ipynb #24712cdb
@@ -192,8 +192,10 @@ _official = [(r'^patch_embed\.', 'word_embed.'), (r'^((?:blocks\.\d+\.)?)proj_no
              (r'\.(inner|outer)_(norm\d|attn|mlp)\.', r'.\1.\2.'), (r'\.se_layer\.fc\.', '.outer.mlp.se.')]
 
 # %% ../../nbs/03_backbones/03_tnt.ipynb #c5bb7f01
-class OfficialTNT(Backbone):
+class OfficialTNT(LearnedGrid, Backbone):
     "How a checkpoint of the official code becomes one of `TNT`: names, arguments, positions for another size."
+    positions = 'outer_pos'
+
     @staticmethod
     def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "The official code's names turned into ours: queries and keys are joined with values; `outer_tokens`, zeros that nothing ever uses, is left out."
@@ -228,12 +230,8 @@ class OfficialTNT(Backbone):
                     inner_blocks=sorted(i for i in blocks if f'blocks.{i}.proj.weight' in sd)) | (dict(img_size=16 * side) if side * side == n - 1 else {})
 
     def resized(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        "The sentences' positions, learned on a square grid, interpolated to this model's; those of the words stay, as long as the patch does. Source: arXiv:2103.00112, Position encoding."
-        out = dict(state_dict)
-        n = out['outer_pos'].shape[1] - 1 if 'outer_pos' in out else 0
-        side = math.isqrt(n)
-        if n and side * side == n and n + 1 != self.outer_pos.shape[1]: out['outer_pos'] = resize_position(out['outer_pos'], side, self.grid_size)
-        return out
+        "The sentences' positions, interpolated from the grid they were learned on to this model's; those of the words stay, as long as the patch does. Source: arXiv:2103.00112, Position encoding."
+        return self.regridded(state_dict, num_prefix=1)
 
 # %% ../../nbs/03_backbones/03_tnt.ipynb #2013efdf
 class TNT(OfficialTNT):
@@ -305,7 +303,7 @@ class TNT(OfficialTNT):
     def embed_sentences(self, words: Float[Tensor, 'p m c'], grid: tuple[int, int]) -> Float[Tensor, 'b n d']:
         "The sentences that enter the first block, the class token in front: made of the words, positions added. As the official code does it; in the paper they start at zero."
         z = self.fuse(words, grid[0] * grid[1])
-        z = torch.cat([self.cls_token.expand(len(z), -1, -1), z], 1)
+        z = torch.cat([self.cls_token.expand(z.shape[0], -1, -1), z], 1)
         return self.pos_drop(z + resize_position(self.outer_pos, self.grid_size, grid))
 
     def forward_features(self, x: Float[Tensor, 'b i y x']) -> Float[Tensor, 'b n d']:
@@ -346,13 +344,13 @@ class TNT(OfficialTNT):
         "What `forward_features` gives, in another order: first each block's words and what they add to the sentences, then all sentences."
         grid, words = self.word_embed.grid(*x.shape[2:]), self.embed_words(x)
         z, updates = self.embed_sentences(words, grid), [[] for _ in self.blocks]
-        for part in words.split(chunk or len(words)):
+        for part in words.split(chunk or max(1, words.shape[0])):
             for block, found in zip(self.blocks, updates):
                 if block.inner is None: continue
                 part = block.inner(part)
                 found.append(block.fuse(part, 1))
         for block, found in zip(self.blocks, updates):
-            if found: z = block.add_words(z, torch.cat(found).reshape(len(x), -1, self.embed_dim))
+            if found: z = block.add_words(z, torch.cat(found).reshape(x.shape[0], grid[0] * grid[1], self.embed_dim))
             z = block.outer(z)
         return self.norm(z)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from ..kernels.set_attention import set_attention
 from ..layers.attention import attention
-from ..layers.block import Mlp
+from ..layers.block import Mlp, is_plain
 from ..layers.voxels import DynamicVFE, Windows, to_bev, voxel_windows
 from ..registry import load_weights, register_model
 
@@ -106,11 +106,15 @@ class SetAttention(nn.Module):
                 mask: Bool[Tensor, 's t'] | None = None,   # True: the slot counts for nothing as a key
                 slots: Int[Tensor, 'n'] | None = None,     # of each voxel the slot whose result it takes
                ) -> Float[Tensor, 'n c']:
-        c, (w, b) = x.shape[1], (self.qkv.weight, self.qkv.bias)
-        q, k = F.linear(x if pos is None else x + pos, w[:2 * c], b[:2 * c]).chunk(2, 1)      # on voxels, before they are copied into slots
-        v = F.linear(x, w[2 * c:], b[2 * c:])
+        (q, k), v = self.projected(x if pos is None else x + pos, x)                          # on voxels, before they are copied into slots
         out = set_attention(q, k, v, inds, mask, slots, num_heads=self.num_heads, dropout_p=self.attn_drop if self.training else 0.)
         return self.proj(out)
+
+    def projected(self, placed: Float[Tensor, 'n c'], x: Float[Tensor, 'n c']) -> tuple[tuple[Float[Tensor, 'n c'], Float[Tensor, 'n c']], Float[Tensor, 'n c']]:
+        "Queries and keys of `placed` and values of x; a plain layer computes no part that is thrown away."
+        c, layer = x.shape[1], self.qkv
+        if not is_plain(layer, nn.Linear): return layer(placed).chunk(3, 1)[:2], layer(x).chunk(3, 1)[2]
+        return F.linear(placed, layer.weight[:2 * c], layer.bias[:2 * c]).chunk(2, 1), F.linear(x, layer.weight[2 * c:], layer.bias[2 * c:])
 
 # %% ../../nbs/05_detection/06_dsvt.ipynb #f14acbee
 def act_named(name: str) -> Callable[[], nn.Module]:
@@ -153,10 +157,11 @@ class PositionMlp(nn.Module):
         self.net = nn.Sequential(nn.Linear(2 if flat else 3, dim), nn.BatchNorm1d(dim), nn.ReLU(), nn.Linear(dim, dim))
 
     def embed(self, place: Int[Tensor, 'n 3'], window: Sequence[int]) -> Float[Tensor, 'n c']:
-        size = torch.tensor(window, device=place.device)
-        xyz = place.flip(1).to(self.net[0].weight.dtype) - size / 2
+        dtype = next(self.net.parameters()).dtype
+        size = torch.tensor(window, device=place.device, dtype=torch.promote_types(dtype, torch.float32))
+        xyz = place.flip(1) - size / 2
         if self.normalize: xyz = xyz / size * 2 * 3.1415
-        return self.net(xyz[:, :2] if self.flat else xyz)
+        return self.net((xyz[:, :2] if self.flat else xyz).to(dtype))
 
     def forward(self,
                 place: Int[Tensor, 'n 3'],   # z, y, x inside the window
@@ -239,11 +244,17 @@ class AttentionPooling(nn.Module):
         nn.init.normal_(self.pos, std=.01)
 
     def forward(self, children: Float[Tensor, 'm v c']) -> Float[Tensor, 'm c']:
-        c, query = children.shape[2], children.amax(1)
+        query = children.amax(1)
         heads = lambda t: t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        k, v = F.linear(children + self.pos, self.kv.weight[:c], self.kv.bias[:c]), F.linear(children, self.kv.weight[c:], self.kv.bias[c:])
+        k, v = self.keys_values(children)
         out = attention(heads(self.q(query)[:, None]), heads(k), heads(v))
         return self.norm(query + self.proj(out.flatten(1)))
+
+    def keys_values(self, children: Float[Tensor, 'm v c']) -> tuple[Float[Tensor, 'm v c'], Float[Tensor, 'm v c']]:
+        "Keys with positions, values without; a plain layer computes no part that is thrown away."
+        c, layer, placed = children.shape[2], self.kv, children + self.pos
+        if not is_plain(layer, nn.Linear): return layer(placed).chunk(2, -1)[0], layer(children).chunk(2, -1)[1]
+        return F.linear(placed, layer.weight[:c], layer.bias[:c]), F.linear(children, layer.weight[c:], layer.bias[c:])
 
 # %% ../../nbs/05_detection/06_dsvt.ipynb #fbc3fb3b
 class LinearPooling(nn.Module):
@@ -525,7 +536,7 @@ def decode_boxes(maps: Mapping[str, Tensor], cell: Sequence[float], low: Sequenc
     "The box that each cell stands for; `cell` is its size in metres, `low` the corner of the map, both x, y."
     center = maps['center'].float()
     y, x = torch.meshgrid(*(torch.arange(n, device=center.device) for n in center.shape[2:]), indexing='ij')
-    found = [(x + center[:, 0]) * cell[0] + low[0], (y + center[:, 1]) * cell[1] + low[1], maps['center_z'][:, 0], *maps['dim'].exp().unbind(1), torch.atan2(maps['rot'][:, 1], maps['rot'][:, 0])]
+    found = [(x + center[:, 0]) * cell[0] + low[0], (y + center[:, 1]) * cell[1] + low[1], maps['center_z'][:, 0], *maps['dim'].float().exp().unbind(1), torch.atan2(maps['rot'][:, 1], maps['rot'][:, 0])]
     return torch.stack([f.float() for f in found], -1)
 
 def suppress(found: Detections, thresholds: Sequence[float], post: int = 500) -> Detections:
@@ -577,13 +588,19 @@ def gaussian_radius(length: Float[Tensor, 'm'], width: Float[Tensor, 'm'], overl
 class Targets(NamedTuple):
     "A scene's boxes as the maps of a head have them."
     heat: Float[Tensor, 'k y x']     # 1 at the centre's cell, falling off around it
-    at: Int[Tensor, 'm']             # cell of each box: row * columns + column
+    at: Int[Tensor, 'm']             # cell of each box that counts: row * columns + column
     codes: Float[Tensor, 'm 8']      # offset x, y in the cell, z, logs of the sizes, cosine, sine
     boxes: Float[Tensor, 'm 7']
 
 def center_targets(boxes: Float[Tensor, 'm 7'], labels: Int[Tensor, 'm'], num_classes: int, size: tuple[int, int], cell: Sequence[float], low: Sequence[float],
                    overlap: float = .1, min_radius: int = 2) -> Targets:
-    "What a CenterHead is to say about a scene; `size` is rows, columns of its map. ValueError if a label is none of the classes. Source: arXiv:2006.11275, sec. 4."
+    """What a CenterHead is to say about a scene; `size` is rows, columns of its map.
+
+    Boxes without size (padding) or with their centre outside the map are left out. ValueError if a number of a box is not finite, or a label none of the classes. Source: arXiv:2006.11275, sec. 4."""
+    if not boxes.isfinite().all(): raise ValueError(f'boxes must be finite, got {(~boxes.isfinite()).any(1).sum().item()} of {len(boxes)} with nan or infinity')
+    edge = boxes.new_tensor([[low[0], low[1]], [low[0] + size[1] * cell[0], low[1] + size[0] * cell[1]]])
+    counts = (boxes[:, 3:6] > 0).all(1) & (boxes[:, :2] >= edge[0]).all(1) & (boxes[:, :2] <= edge[1]).all(1)
+    boxes, labels = boxes[counts], labels[counts]
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes: raise ValueError(f'labels must be 0 … {num_classes - 1}, got {sorted(set(labels.tolist()))}')
     (rows, cols), step = size, boxes.new_tensor(list(cell[:2]))
     at = ((boxes[:, :2] - boxes.new_tensor(list(low[:2]))) / step).clamp(min=0)

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..layers.attention import Attention, attention, masked_softmax
+from ..layers.block import is_plain
 from ..layers.embed import pair
 from ..layers.position import apply_rope
 from ..measure import eval_mode
@@ -412,7 +413,7 @@ def subsampled_self_attention(attn: Attention,                            # its 
                               rope: tuple[Float[Tensor, 'm d'], Float[Tensor, 'm d']] | None = None,
                              ) -> Float[Tensor, 'b n c']:
     "What `attn` computes over a fresh draw. Where all queries share the keys, tokens are gathered BEFORE they are projected: k of n rows of the k and v projections are left."
-    n, c, h, plain = x.shape[1], x.shape[2], attn.num_heads, type(attn.qkv) is nn.Linear and not attn.qkv._forward_hooks and not attn.qkv._forward_pre_hooks
+    n, c, h, plain = x.shape[1], x.shape[2], attn.num_heads, is_plain(attn.qkv, nn.Linear)
     dropout_p, heads = attn.attn_drop if attn.training else 0., lambda t: t.unflatten(-1, (-1, h, attn.head_dim)).permute(2, 0, 3, 1, 4)
     if rope is not None:                                                  # angles of all tokens; those before the grid are not turned
         before = (n - len(rope[0]), rope[0].shape[1])

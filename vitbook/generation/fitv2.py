@@ -324,7 +324,7 @@ class TimeEmbed(nn.Module):
         angle = t.float()[:, None] * torch.exp(-math.log(10000) * i / self.num_frequencies)
         return torch.cat([angle.cos(), angle.sin()], 1)
 
-    def forward(self, t: Float[Tensor, 'b']) -> Float[Tensor, 'b c']: return self.mlp(self.waves(t).to(self.mlp[0].weight.dtype))
+    def forward(self, t: Float[Tensor, 'b']) -> Float[Tensor, 'b c']: return self.mlp(self.waves(t).to(next(self.mlp.parameters()).dtype))
 
 class LabelEmbed(nn.Module):
     "A vector for each class, and one for 'any class', which takes the label's place at random in training. Source: arXiv:2207.12598, alg. 1."
@@ -339,7 +339,8 @@ class LabelEmbed(nn.Module):
 
     def forward(self, y: Int[Tensor, 'b']) -> Float[Tensor, 'b c']:
         if self.training and self.dropout > 0: y = torch.where(torch.rand(y.shape, device=y.device) < self.dropout, self.num_classes, y)
-        return self.embedding_table(y)
+        try: return self.embedding_table(y)
+        except IndexError: raise ValueError(f'y must be classes from 0 to num_classes - 1 = {self.num_classes - 1}, or num_classes for any class, got {y.tolist()}') from None
 
 class FinalLayer(nn.Module):
     "Norm, shift and scale by the condition, and a linear map to the numbers of a patch."

@@ -48,9 +48,11 @@ def _put(at, x, i, columns, left, width, step_row, step_column):
 
 @_kernel
 def _scores(s, bias, mask, i, j, n_left, m_left, ahead, bias_n, bias_m, mask_n, mask_m, BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr):
-    "Scores from the products s of queries i with keys j, counted from the tile's corner; -inf where a query may not look, and outside the matrix."
+    "Scores from the products s of queries i with keys j, counted from the tile's corner; -inf where a query may not look, and outside the matrix; other numbers are LOWEST at least."
     seen = (i < n_left) & (j < m_left)
-    if BIAS: s += tl.load(bias + i * bias_n + j * bias_m, mask=seen, other=0.).to(tl.float32)
+    if BIAS:
+        s += tl.load(bias + i * bias_n + j * bias_m, mask=seen, other=0.).to(tl.float32)
+        s = tl.where(s == float('-inf'), s, tl.maximum(s, LOWEST))
     if MASK: seen = seen & (tl.load(mask + i * mask_n + j * mask_m, mask=seen, other=0) != 0)
     if CAUSAL: seen = seen & (j + ahead <= i)
     return tl.where(seen, s, float('-inf'))
@@ -96,9 +98,9 @@ def _forward(Q, K, V, B, M, O, H, L, n, m, heads, group, scale,
 
 # %% ../../nbs/10_fast_paths/04_entropy_triton.ipynb #9fa99817
 @_kernel
-def _score_gradient(s, g_v, lse, delta, g_H):
-    "The weights p of a tile, and the gradient of its scores, p (g · v - delta - g_H log p)."
-    log_p = s - tl.where(lse > LOWEST, lse, 0.)
+def _score_gradient(s, g_v, lse, rest, delta, g_H):
+    "The weights p of a tile, and the gradient of its scores, p (g · v - delta - g_H log p); `rest` is what rounding took from an enormous lse."
+    log_p = s - tl.where(lse == float('-inf'), 0., lse) - rest
     p = tl.exp(log_p)
     return p, p * (g_v - delta - g_H * tl.where(p > 0, log_p, 0.))
 
@@ -112,7 +114,7 @@ def _to_bias(GB, gs, i, j, n_left, m_left, step_n, step_m, ONE_ROW: tl.constexpr
     else: tl.store(GB + i * step_n + j * step_m, gs, mask=there)
 
 @_kernel
-def _to_queries(Q, K, V, B, M, G, L, DELTA, GH, GQ, GB, n, m, heads, group, scale,
+def _to_queries(Q, K, V, B, M, G, L, REST, DELTA, GH, GQ, GB, n, m, heads, group, scale,
                 q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, b_b, b_h, b_n, b_m, m_b, m_h, m_n, m_m, g_b, g_h, g_n, g_d, gq_b, gq_h, gq_n, gq_d, gb_b, gb_h, gb_n, gb_m,
                 D: tl.constexpr, E: tl.constexpr, WIDE_D: tl.constexpr, WIDE_E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
                 BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
@@ -129,14 +131,15 @@ def _to_queries(Q, K, V, B, M, G, L, DELTA, GH, GQ, GB, n, m, heads, group, scal
     q = _tile(Q + b * q_b + h * q_h + row * q_n, i, ds, n - start, D, q_n, q_d)
     g = _tile(G + b * g_b + h * g_h + row * g_n, i, es, n - start, E, g_n, g_d)
     mine, there = (b * heads + h) * n + row + i, i < n - start
-    lse, delta, g_H = tl.load(L + mine, mask=there, other=0.), tl.load(DELTA + mine, mask=there, other=0.), tl.load(GH + mine, mask=there, other=0.)
+    lse, rest = tl.load(L + mine, mask=there, other=0.), tl.load(REST + mine, mask=there, other=0.)
+    delta, g_H = tl.load(DELTA + mine, mask=there, other=0.), tl.load(GH + mine, mask=there, other=0.)
     gq = tl.zeros([ROWS, WIDE_D], tl.float32)
     last = m
     if CAUSAL: last = tl.minimum(m, tl.maximum(0, start + ROWS + m - n))
     for at in range(0, last, COLS):
         k, v = _tile(K, j, ds, m - at, D, k_n, k_d), _tile(V, j, es, m - at, E, v_n, v_d)
         s = _scores(_dot(q, tl.trans(k), PRECISION) * scale, B, M, i[:, None], j[None, :], n - start, m - at, at - start - (m - n), b_n, b_m, m_n, m_m, BIAS, MASK, CAUSAL)
-        p, gs = _score_gradient(s, _dot(g, tl.trans(v), PRECISION), lse[:, None], delta[:, None], g_H[:, None])
+        p, gs = _score_gradient(s, _dot(g, tl.trans(v), PRECISION), lse[:, None], rest[:, None], delta[:, None], g_H[:, None])
         gq += _dot(gs.to(k.dtype), k, PRECISION)
         if BIAS_GRADIENT: _to_bias(GB, gs, i[:, None], j[None, :], n - start, m - at, gb_n, gb_m, ONE_ROW, ONE_COLUMN, SHARED)
         K += COLS * k_n
@@ -147,7 +150,7 @@ def _to_queries(Q, K, V, B, M, G, L, DELTA, GH, GQ, GB, n, m, heads, group, scal
     _put(GQ + b * gq_b + h * gq_h + row * gq_n, gq * scale, i, ds, n - start, D, gq_n, gq_d)
 
 @_kernel
-def _to_keys(Q, K, V, B, M, G, L, DELTA, GH, GK, GV, n, m, heads, group, scale,
+def _to_keys(Q, K, V, B, M, G, L, REST, DELTA, GH, GK, GV, n, m, heads, group, scale,
              q_b, q_h, q_n, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, b_b, b_h, b_n, b_m, m_b, m_h, m_n, m_m, g_b, g_h, g_n, g_d, gk_b, gk_h, gk_n, gk_d, gv_b, gv_h, gv_n, gv_d,
              D: tl.constexpr, E: tl.constexpr, WIDE_D: tl.constexpr, WIDE_E: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
              BIAS: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr):
@@ -167,9 +170,10 @@ def _to_keys(Q, K, V, B, M, G, L, DELTA, GH, GK, GV, n, m, heads, group, scale,
         b_at, m_at = B + b * b_b + h * b_h + row * b_n + column * b_m, M + b * m_b + h * m_h + row * m_n + column * m_m
         for at in range(first, n, ROWS):
             q, g, there = _tile(q_at, i, ds, n - at, D, q_n, q_d), _tile(g_at, i, es, n - at, E, g_n, g_d), i < n - at
-            lse, delta, g_H = tl.load(L + mine, mask=there, other=0.), tl.load(DELTA + mine, mask=there, other=0.), tl.load(GH + mine, mask=there, other=0.)
+            lse, rest = tl.load(L + mine, mask=there, other=0.), tl.load(REST + mine, mask=there, other=0.)
+            delta, g_H = tl.load(DELTA + mine, mask=there, other=0.), tl.load(GH + mine, mask=there, other=0.)
             s = _scores(_dot(k, tl.trans(q), PRECISION) * scale, b_at, m_at, i[None, :], j[:, None], n - at, m - start, start - at - (m - n), b_n, b_m, m_n, m_m, BIAS, MASK, CAUSAL)
-            p, gs = _score_gradient(s, _dot(v, tl.trans(g), PRECISION), lse[None, :], delta[None, :], g_H[None, :])
+            p, gs = _score_gradient(s, _dot(v, tl.trans(g), PRECISION), lse[None, :], rest[None, :], delta[None, :], g_H[None, :])
             gv += _dot(p.to(g.dtype), g, PRECISION)
             gk += _dot(gs.to(q.dtype), q, PRECISION)
             q_at += ROWS * q_n
@@ -236,7 +240,8 @@ class _Triton(torch.autograd.Function):
         learned = dict(BIAS_GRADIENT=False, ONE_ROW=False, ONE_COLUMN=False, SHARED=False) if gb is None else dict(
             BIAS_GRADIENT=True, ONE_ROW=gb.shape[2] == 1, ONE_COLUMN=gb.shape[3] == 1, SHARED=gb.shape != GB.shape)
         some = lambda x: q if x is None else x
-        inputs, sizes = (q, k, v, some(B), some(M), g_out, L, delta.contiguous(), g_H), (n, m, h, h // kv, ctx.scale, *(x for t in (q, k, v, B, M, g_out) for x in _strides(t)))
+        rest = H.masked_fill(L > -1e30, 0)                      # where all that a query sees is LOWEST its weights are equal: -log p = H
+        inputs, sizes = (q, k, v, some(B), some(M), g_out, L, rest, delta.contiguous(), g_H), (n, m, h, h // kv, ctx.scale, *(x for t in (q, k, v, B, M, g_out) for x in _strides(t)))
         _to_queries[(triton.cdiv(n, go['ROWS']) * b * h,)](*inputs, gq, some(GB), *sizes, *_strides(gq), *_strides(GB), **learned, **meta, **go)
         _to_keys[(triton.cdiv(m, go['COLS']) * b * kv,)](*inputs, gk, gv, *sizes, *_strides(gk), *_strides(gv), **meta, **go)
         return gq, gk, gv, None if gb is None else gb.to(bias.dtype), None, None, None
@@ -278,7 +283,7 @@ def resources(kernel: str,                        # 'forward', 'to_queries' or '
                  **dict.fromkeys(('BIAS', 'MASK', 'CAUSAL', 'BIAS_GRADIENT', 'SHARED'), masked))
     fixed |= {n: 1 for n in f.arg_names if n.endswith('_d') or n in ('b_m', 'm_m', 'gb_m')}             # last axes contiguous, as they nearly always are
     short = {torch.float32: 'fp32', torch.bfloat16: 'bf16', torch.float16: 'fp16'}[dtype]
-    kinds = dict.fromkeys(('H', 'L', 'DELTA', 'GH', 'GB', 'B'), '*fp32') | {'M': '*u8', 'scale': 'fp32'} | dict.fromkeys(('n', 'm', 'heads', 'group'), 'i32')
+    kinds = dict.fromkeys(('H', 'L', 'REST', 'DELTA', 'GH', 'GB', 'B'), '*fp32') | {'M': '*u8', 'scale': 'fp32'} | dict.fromkeys(('n', 'm', 'heads', 'group'), 'i32')
     signature = {n: 'constexpr' if n in fixed else kinds.get(n) or (f'*{short}' if n.isupper() else 'i32') for n in f.arg_names}
     aligned = {(i,): [['tt.divisibility', 16]] for i, n in enumerate(f.arg_names) if n not in fixed and (n.isupper() or n[-2:] in ('_b', '_h', '_n'))}
     source = triton.compiler.ASTSource(f, signature, {(f.arg_names.index(n),): x for n, x in fixed.items() if n in f.arg_names}, aligned)

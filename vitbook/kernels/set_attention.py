@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from .entropy_attention import widened
 
 # %% ../../nbs/10_fast_paths/02_set_attention.ipynb #9f13d88a
 def naive_set_attention(q: Float[Tensor, 'n c'], k: Float[Tensor, 'n c'], v: Float[Tensor, 'n e'],
@@ -22,8 +23,8 @@ def naive_set_attention(q: Float[Tensor, 'n c'], k: Float[Tensor, 'n c'], v: Flo
         members = row[~repeat]
         for h in range(num_heads):
             here, there = slice(h * c, (h + 1) * c), slice(h * e, (h + 1) * e)
-            weights = (q[members, here] @ k[members, here].T / c ** .5).softmax(-1)
-            out[members, there] = weights @ v[members, there]
+            weights = (widened(q[members, here]) @ widened(k[members, here]).T / c ** .5).softmax(-1)
+            out[members, there] = (weights @ widened(v[members, there])).to(v.dtype)
     return out
 
 # %% ../../nbs/10_fast_paths/02_set_attention.ipynb #c91bddac
@@ -58,7 +59,7 @@ def set_attention(q: Float[Tensor, 'n c'], k: Float[Tensor, 'n c'], v: Float[Ten
     if len(slots) != n: raise ValueError(f'slots must name one place for each of the {n} tokens, got {len(slots)}')
     if s == 0: return v.clone()
     flat = inds.flatten()
-    gathered = (x.index_select(0, flat).view(s, t, num_heads, -1).transpose(1, 2) for x in (q, k, v))      # s h t d
+    gathered = (x.index_select(0, flat).view(s, t, num_heads, x.shape[1] // num_heads).transpose(1, 2) for x in (q, k, v))      # s h t d
     seen = None if mask is None else ~mask[:, None, None]
     out = F.scaled_dot_product_attention(*gathered, attn_mask=seen, dropout_p=dropout_p, scale=scale)
     return out.transpose(1, 2).reshape(s * t, -1).index_select(0, slots)

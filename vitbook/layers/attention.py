@@ -15,7 +15,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 from ..kernels import entropy_attention as kernels
-from ..kernels.entropy_attention import attention_entropy, blockwise_attention
+from ..kernels.entropy_attention import as_written, attention_entropy, blockwise_attention, repeat_heads, widened
+from ..kernels.packed_attention import compiled_flex
 from .position import apply_rope
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #59914a6e
@@ -33,9 +34,9 @@ def attention_scores(q: Float[Tensor, 'b h n d'],
                      mask: Bool[Tensor, '...'] | None = None,  # True = may look; broadcasts to b h n m
                      causal: bool = False,                     # query i sees keys up to i + m - n: the last query sees all
                      scale: float | None = None,               # default 1/sqrt(d)
-                    ) -> Float[Tensor, 'b h n m']:             # -inf where a query may not look
+                    ) -> Float[Tensor, 'b h n m']:             # -inf where a query may not look; float32 at least
     "Scaled dot products of every query with every key. Source: arXiv:1706.03762, eq. 1."
-    s = q @ k.transpose(-1, -2) * (q.shape[-1] ** -.5 if scale is None else scale)
+    with as_written(q): s = widened(q) @ widened(k).transpose(-1, -2) * (q.shape[-1] ** -.5 if scale is None else scale)
     if bias is not None: s = s + bias
     allowed = allowed_pairs(q.shape[-2], k.shape[-2], mask, causal, q.device)
     return s if allowed is None else s.masked_fill(~allowed, -math.inf)
@@ -43,8 +44,8 @@ def attention_scores(q: Float[Tensor, 'b h n d'],
 # %% ../../nbs/00_foundations/03_attention.ipynb #b03abf04
 def masked_softmax(scores: Float[Tensor, '*b m']) -> Float[Tensor, '*b m']:
     "Softmax along the last axis; a row that is -inf throughout gives zeros, with zero gradients, where softmax would give nan."
-    masked = scores == -math.inf
-    return scores.masked_fill(masked, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(masked, 0)
+    nobody = (scores == -math.inf).all(-1, keepdim=True)
+    return scores.masked_fill(nobody, 0).softmax(-1).masked_fill(nobody, 0)
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #054e46b1
 def naive_attention(q: Float[Tensor, 'b h n d'],
@@ -58,14 +59,14 @@ def naive_attention(q: Float[Tensor, 'b h n d'],
                    ) -> tuple[Float[Tensor, 'b h n e'], Float[Tensor, 'b h n m']]: # output and weights
     "softmax(q k^T / sqrt(d)) v, with all n x m weights in memory. Source: arXiv:1706.03762, eq. 1."
     p = masked_softmax(attention_scores(q, k, bias=bias, mask=mask, causal=causal, scale=scale))
-    return p @ v, p
+    with as_written(q): return (p @ widened(v)).to(v.dtype), p
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #c1006078
 def entropy(scores: Float[Tensor, '*b m'], # attention scores before softmax; -inf marks a masked key
            ) -> Float[Tensor, '*b']:       # in nats, 0 … log(m)
     "Entropy of softmax(scores) along the last axis, finite with finite gradients; 0 for a row of -inf. Source: arXiv:2303.06296, sec. 3."
     masked = scores == -math.inf
-    log_p = scores.masked_fill(masked, torch.finfo(scores.dtype).min / 2).log_softmax(-1).masked_fill(masked, 0)
+    log_p = scores.masked_fill(masked.all(-1, keepdim=True), 0).log_softmax(-1).masked_fill(masked, 0)
     return -(log_p.exp().masked_fill(masked, 0) * log_p).sum(-1)
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #b23b00b6
@@ -83,11 +84,6 @@ def _sdpa(q, k, v, bias, mask, causal, scale, dropout_p):
     return out if allowed is None else out.masked_fill(~allowed.any(-1, keepdim=True), 0)
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #d80b933e
-@functools.lru_cache(1)
-def _compiled_flex():
-    from torch.nn.attention.flex_attention import flex_attention
-    return torch.compile(flex_attention)
-
 def _flex(q, k, v, bias, mask, causal, scale):
     from torch.nn.attention.flex_attention import create_block_mask
     b, h, n, m = *q.shape[:3], k.shape[2]
@@ -100,7 +96,7 @@ def _flex(q, k, v, bias, mask, causal, scale):
         seen = (lambda y, x: x <= y + m - n) if causal else (lambda y, x: x >= 0)
         mask_mod = (lambda i, j, y, x: seen(y, x)) if M is None else (lambda i, j, y, x: seen(y, x) & M[i, j, y, x])
         block_mask = create_block_mask(mask_mod, b if M is not None else None, h if M is not None else None, n, m, device=str(q.device))
-    return _compiled_flex()(q, k, v, score_mod=score_mod, block_mask=block_mask, scale=scale)
+    return compiled_flex()(q, k, v, score_mod=score_mod, block_mask=block_mask, scale=scale)
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #872b68f4
 BACKENDS = {
@@ -178,7 +174,7 @@ def attention(q: Float[Tensor, 'b h n d'],
               v: Float[Tensor, 'b g m e'],
               *,
               bias: Float[Tensor, '...'] | None = None,       # added to the scores; broadcasts to b h n m
-              mask: Bool[Tensor, '...'] | None = None,        # True = may look; broadcasts to b h n m
+              mask: Bool[Tensor, '...'] | None = None,        # True = may look; broadcasts to b h n m, so of keys alone it is b 1 1 m
               causal: bool = False,                           # query i sees keys up to i + m - n
               scale: float | None = None,                     # default 1/sqrt(d)
               dropout_p: float = 0.,                          # share of the weights dropped
@@ -188,13 +184,14 @@ def attention(q: Float[Tensor, 'b h n d'],
              ) -> Float[Tensor, 'b h n e'] | Attended:        # Attended if weights or entropy were asked for
     """Softmax attention by whichever way fits; a query that may look at nothing gives zeros.
 
-    ValueError if shapes do not fit, or if `backend` cannot do what is asked (nothing is swapped behind your back). Under autocast q, k and v are lowered as torch's own attention lowers them.
+    ValueError if shapes do not fit, if a mask of two or three axes fits in two ways (batch x keys and queries x keys; batch and heads), or if `backend` cannot do what is asked (nothing is swapped behind your back). Under autocast q, k and v are lowered as torch's own attention lowers them.
     Source: arXiv:1706.03762, eq. 1."""
     if has_torch_function((q, k, v)):   # so that a probe (see.recording) can watch every call of any model
         return handle_torch_function(attention, (q, k, v), q, k, v, bias=bias, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p,
                                      backend=backend, return_weights=return_weights, return_entropy=return_entropy)
     q, k, v = kernels._lowered(q, k, v)
     kernels._check(q, k, v, bias, mask)
+    bias = kernels._within(bias, q.dtype)
     wanted = _wanted(q, k, v, bias, mask, causal, dropout_p, return_weights, return_entropy)
     asked = backend
     if backend == 'auto': backend, _ = choose(q.device.type, **wanted)
@@ -203,13 +200,13 @@ def attention(q: Float[Tensor, 'b h n d'],
     if backend in kernels.BACKENDS and backend != 'naive':      # as asked: 'auto' chooses the same there, and warns where nothing is fast
         out, H, _ = kernels.entropy_attention(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale, backend=asked)
     elif return_entropy and backend == 'sdpa': H = attention_entropy(q, k, bias=bias, mask=mask, causal=causal, scale=scale)
-    if k.shape[1] != q.shape[1]: k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    k, v = repeat_heads(q.shape[1], k, v)
     if backend == 'sdpa': out = _sdpa(q, k, v, bias, mask, causal, scale, dropout_p)
     elif backend == 'flex': out = _flex(q, k, v, bias, mask, causal, scale)
     elif backend == 'naive':
         s = attention_scores(q, k, bias=bias, mask=mask, causal=causal, scale=scale)
-        weights, H = masked_softmax(s), entropy(s if s.dtype == torch.float64 else s.float()) if return_entropy else None
-        out = (F.dropout(weights, dropout_p) if dropout_p else weights).to(v.dtype) @ v
+        weights, H = masked_softmax(s), entropy(s) if return_entropy else None
+        with as_written(q): out = ((F.dropout(weights, dropout_p) if dropout_p else weights) @ widened(v)).to(v.dtype)
     if not (return_weights or return_entropy): return out
     return Attended(out, weights if return_weights else None, H if return_entropy else None)
 

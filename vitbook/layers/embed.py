@@ -6,7 +6,7 @@
 __all__ = ['pair', 'check_divisible', 'patchify', 'PatchEmbed', 'unpatchify']
 
 # %% ../../nbs/00_foundations/01_patches.ipynb #23ece50a
-from numbers import Integral
+from operator import index
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -14,10 +14,12 @@ from torch import Tensor, nn
 # %% ../../nbs/00_foundations/01_patches.ipynb #0011a336
 def pair(x: int | tuple[int, int] | list[int], # one size for both sides, or (rows, columns)
         ) -> tuple[int, int]:
-    "`x` as (rows, columns). ValueError unless it is one or two whole numbers, none negative."
-    sides = (x, x) if isinstance(x, Integral) else tuple(x)
-    if len(sides) != 2 or any(not isinstance(s, Integral) or s < 0 for s in sides): raise ValueError(f'a size must be an int >= 0 or (rows, columns), got {x!r}')
-    return int(sides[0]), int(sides[1])
+    "`x` as (rows, columns). ValueError unless it is one or two whole numbers, none negative. What a tracer has for a number will do."
+    sides = tuple(x) if isinstance(x, (tuple, list)) else (x, x)
+    try: rows, columns = (index(s) for s in sides)
+    except (TypeError, ValueError): rows = columns = -1
+    if min(rows, columns) < 0: raise ValueError(f'a size must be an int >= 0 or (rows, columns), got {x!r}')
+    return rows, columns
 
 def check_divisible(name: str, size: tuple[int, int], by: tuple[int, int], what: str = 'patch_size'):
     "Raise ValueError unless both sides of `size` are multiples of `by`."

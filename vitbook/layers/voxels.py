@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
+from ..kernels.entropy_attention import widened
 
 # %% ../../nbs/00_foundations/20_voxels.ipynb #a7077b09
 class Scene(NamedTuple):
@@ -87,9 +88,9 @@ def scatter_mean(x: Float[Tensor, 'p c'],
                  group: Int[Tensor, 'p'], # 0 … n-1: of each row its group
                  n: int,                  # number of groups
                 ) -> Float[Tensor, 'n c']:
-    "Mean of the rows of each group; zeros for a group without rows."
-    count = torch.bincount(group, minlength=n).clamp(min=1).to(x.dtype)
-    return x.new_zeros(n, x.shape[1]).index_add(0, group, x) / count[:, None]
+    "Mean of the rows of each group, summed in float32 or better; zeros for a group without rows."
+    wide, count = widened(x), torch.bincount(group, minlength=n).clamp(min=1)
+    return (wide.new_zeros(n, x.shape[1]).index_add(0, group, wide) / count.to(wide.dtype)[:, None]).to(x.dtype)
 
 def scatter_max(x: Float[Tensor, 'p c'],
                 group: Int[Tensor, 'p'], # 0 … n-1: of each row its group
@@ -136,10 +137,11 @@ def voxelize(points: Float[Tensor, 'q f'],     # scene, x, y, z, …
              ignore_z: bool = False,           # columns: points of any height count, and z is 0
             ) -> Voxels:
     "Which cells hold points, and which points. Upper ends are outside. Any number of points per cell."
-    size, low = points.new_tensor(voxel_size), points.new_tensor(point_range[:3])
+    xyz = widened(points[:, 1:4])
+    size, low = xyz.new_tensor(voxel_size), xyz.new_tensor(point_range[:3])
     grid = torch.tensor(grid_size(voxel_size, point_range) if grid is None else grid, device=points.device)
     if points.shape[1] < 4: raise ValueError(f'points must have columns scene, x, y, z, …, got {points.shape[1]}')
-    cell = ((points[:, 1:4] - low) / size).floor().long()
+    cell = ((xyz - low) / size).floor().long()
     if ignore_z: cell[:, 2], grid = 0, torch.cat([grid[:2], grid.new_ones(1)])
     inside = ((cell >= 0) & (cell < grid)).all(1)
     cell = torch.cat([points[inside, :1].long(), cell[inside]], 1)                          # scene, x, y, z
@@ -223,7 +225,7 @@ class DynamicVFE(nn.Module):
     def features(self, points: Float[Tensor, 'q f']) -> tuple[Float[Tensor, 'p i'], Voxels]:
         "What the first layer sees of each point inside the range."
         voxels = voxelize(points, self.voxel_size, self.point_range, self.grid, self.ignore_z)
-        points = points[voxels.inside]
+        points = widened(points[voxels.inside])
         xyz, size, low = points[:, 1:4], points.new_tensor(self.voxel_size), points.new_tensor(self.point_range[:3])
         cell = voxels.coords.flip(1)[:, :3].index_select(0, voxels.of_point).to(xyz.dtype)
         mean = scatter_mean(xyz, voxels.of_point, len(voxels.coords)).index_select(0, voxels.of_point)
@@ -236,6 +238,7 @@ class DynamicVFE(nn.Module):
         "Features and coords (scene, z, y, x) of the occupied voxels."
         if points.shape[1] != self.in_chans + 1: raise ValueError(f'points must have 1 + in_chans = {self.in_chans + 1} columns, got {points.shape[1]}')
         x, voxels = self.features(points)
+        x = x.to(points.dtype)
         for layer in self.layers: x = layer(x, voxels.of_point, len(voxels.coords))
         return x, voxels.coords
 
@@ -251,4 +254,4 @@ def to_bev(x: Float[Tensor, 'n c'],
     if len(coords) and b <= int(coords[:, 0].max()): raise ValueError(f'scenes must be at least {int(coords[:, 0].max()) + 1} for these coords, got {b}')
     at = ((coords[:, 0] * nz + coords[:, 1]) * ny + coords[:, 2]) * nx + coords[:, 3]
     dense = x.new_zeros(b * nz * ny * nx, x.shape[1]).index_copy(0, at.long(), x)
-    return dense.view(b, nz, ny, nx, -1).permute(0, 4, 1, 2, 3).reshape(b, -1, ny, nx)
+    return dense.view(b, nz, ny, nx, x.shape[1]).permute(0, 4, 1, 2, 3).reshape(b, x.shape[1] * nz, ny, nx)

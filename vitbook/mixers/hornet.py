@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor, nn
 from ..backbone import Backbone, Level, ClassOrObject
-from ..layers.block import DropPath, LayerScale, Mlp, drop_path_rates
+from ..kernels.entropy_attention import widened
+from ..layers.block import DropPath, LayerScale, Mlp, drop_path_rates, is_plain
 from ..layers.conv import tokens_to_map
 from ..registry import load_weights, register_model
 
@@ -70,21 +71,23 @@ class GnConv(nn.Module):
         self.proj_out = nn.Linear(dim, out) if out else nn.Identity()
 
     def forward(self, x: Float[Tensor, 'b y x i']) -> Float[Tensor, 'b y x o']:
-        first, weight, bias = self.widths[0], self.proj_in.weight, self.proj_in.bias
-        p = F.linear(x, weight[:first], bias[:first])
-        q = F.linear(x, weight[first:], bias[first:])          # in two calls, so that the filter gets memory without gaps
+        p, q = self.projected(x)
         gates = self.dwconv(q).split(self.widths, -1)
         p = p * gates[0]
         for widen, gate in zip(self.pws, gates[1:]): p = widen(p) * gate
         return self.proj_out(p)
 
+    def projected(self, x: Float[Tensor, 'b y x i']) -> tuple[Float[Tensor, 'b y x p'], Float[Tensor, 'b y x q']]:
+        "proj_in(x): what is gated first, and what the filter gets. In two calls where the layer is a plain one, so that the filter gets memory without gaps."
+        layer, first, rest = self.proj_in, self.widths[0], sum(self.widths)
+        if not is_plain(layer, nn.Linear): return layer(x).split([first, rest], -1)
+        return F.linear(x, layer.weight[:first], layer.bias[:first]), F.linear(x, layer.weight[first:], layer.bias[first:])
+
     def fuse(self):
         "The scale moves into the filter's weights; the function stays the same."
-        self.dwconv.fuse()
+        if type(self.dwconv) in (LocalFilter, GlobalLocalFilter): self.dwconv.fuse()
 
 # %% ../../nbs/02_mixers/04_hornet.ipynb #c9cdaee9
-def _wide(x: Tensor) -> Tensor: return x if x.dtype == torch.float64 else x.float()
-
 def resize_spectra(w: Float[Tensor, 'c v u 2'],
                    size: tuple[int, int], # rows, columns of the spectra; for maps of y x pixels they have (y, x // 2 + 1)
                   ) -> Float[Tensor, 'c _ _ 2']:
@@ -117,10 +120,10 @@ class GlobalLocalFilter(nn.Module):
     def spectrum(self, size: tuple[int, int]) -> Complex[Tensor, 'v u c']:
         "The filter in Fourier space for maps of `size` rows and columns."
         w = self.complex_weight
-        make = lambda: torch.view_as_complex(resize_spectra(_wide(w), (size[0], size[1] // 2 + 1)).contiguous()).permute(1, 2, 0)
+        make = lambda: torch.view_as_complex(resize_spectra(widened(w), (size[0], size[1] // 2 + 1)).contiguous()).permute(1, 2, 0)
         if self.training or torch.is_grad_enabled() and w.requires_grad or torch.compiler.is_compiling() or w.is_inference() or not isinstance(w, nn.Parameter): return make()
-        of = size, w._version, w.dtype, w.device, torch.is_inference_mode_enabled()
-        if self._kept is None or self._kept[0] is not w or self._kept[1] != of: self._kept = w, of, make().contiguous()
+        of = size, w.dtype, w.device, torch.is_inference_mode_enabled()
+        if self._kept is None or self._kept[0] != of or not torch.equal(self._kept[1], w): self._kept = of, w.detach().clone(), make().contiguous()
         return self._kept[2]
 
     def train(self, mode: bool = True):
@@ -129,15 +132,18 @@ class GlobalLocalFilter(nn.Module):
 
     def forward(self, x: Float[Tensor, 'b y x c']) -> Float[Tensor, 'b y x c']:
         near, far = self.pre_norm(x).chunk(2, -1)
-        near, far, size = self.dw(near.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), _wide(far), (x.shape[1], x.shape[2])   # no FFT in half precision
-        far = torch.fft.irfft2(torch.fft.rfft2(far, dim=(1, 2), norm='ortho') * self.spectrum(size), s=size, dim=(1, 2), norm='ortho')
+        near, far, size = self.dw(near.permute(0, 3, 1, 2)).permute(0, 2, 3, 1), widened(far), (x.shape[1], x.shape[2])   # no FFT in half precision
+        if x.shape[0] > 0: far = torch.fft.irfft2(torch.fft.rfft2(far, dim=(1, 2), norm='ortho') * self.spectrum(size), s=size, dim=(1, 2), norm='ortho')   # nor of nothing
         both = torch.stack([near, far.to(near.dtype)], -1).flatten(-2)                     # near, far, near, far …: every gate gets some of both
-        weight, bias = (t if self.scale == 1 else t * self.scale for t in (self.post_norm.weight, self.post_norm.bias))
-        return F.layer_norm(both, self.post_norm.normalized_shape, weight, bias, self.post_norm.eps)
+        norm = self.post_norm
+        if self.scale == 1: return norm(both)
+        if not is_plain(norm, nn.LayerNorm): return norm(both) * self.scale
+        return F.layer_norm(both, norm.normalized_shape, norm.weight * self.scale, norm.bias * self.scale, norm.eps)      # far smaller than the map
 
     @torch.no_grad()
     def fuse(self):
-        "The scale moves into the last norm."
+        "The scale moves into the last norm, if that is a plain one."
+        if not is_plain(self.post_norm, nn.LayerNorm): return
         self.post_norm.weight.mul_(self.scale)
         self.post_norm.bias.mul_(self.scale)
         self.scale = 1.
@@ -165,13 +171,14 @@ class HorBlock(nn.Module):
 
     @torch.no_grad()
     def fuse(self):
-        "Gate scale and layer scale move into the weights next to them; the function stays the same."
+        "Gate scale and layer scale move into the weights next to them, where these are plain; the function stays the same."
         self.gnconv.fuse()
-        for scale, last in ((self.ls1, self.gnconv.proj_out), (self.ls2, self.mlp.fc2)):
-            if isinstance(scale, nn.Identity): continue
+        for name, last in (('ls1', self.gnconv.proj_out), ('ls2', self.mlp.fc2)):
+            scale = getattr(self, name)
+            if not (is_plain(scale, LayerScale) and is_plain(last, nn.Linear)): continue
             last.weight.mul_(scale.gamma[:, None])
             last.bias.mul_(scale.gamma)
-        self.ls1, self.ls2 = nn.Identity(), nn.Identity()
+            setattr(self, name, nn.Identity())
 
 # %% ../../nbs/02_mixers/04_hornet.ipynb #fea02d81
 def _renamed(state_dict: Mapping[str, Tensor], *patterns: tuple[str, str]) -> dict[str, Tensor]:

@@ -6,9 +6,10 @@
 __all__ = ['Grid', 'PIXEL_MEAN', 'PIXEL_STD', 'smart_resize', 'to_patches', 'from_patches', 'check_grids', 'prepare',
            'sample_frames', 'frame_pixels', 'patch_positions', 'axial_angles', 'frequencies', 'rotate', 'window_order',
            'frame_ends', 'Layout', 'PatchAttention', 'PatchBlock', 'PatchMerger', 'init_weights', 'Qwen25Vision',
-           'vision_ids', 'mrope_ids', 'mrope_angles', 'rope_speeds', 'Cache', 'GroupedAttention', 'TextBlock',
-           'Qwen25Decoder', 'Qwen25VL', 'official_names', 'official_arguments', 'from_official', 'qwen25_vl_3b',
-           'qwen25_vl_7b', 'qwen25_vl_72b', 'qwen25_vl_3b_vision', 'qwen25_vl_7b_vision', 'qwen25_vl_72b_vision']
+           'vision_ids', 'as_mask', 'mrope_ids', 'mrope_angles', 'rope_speeds', 'Cache', 'GroupedAttention',
+           'TextBlock', 'Qwen25Decoder', 'Qwen25VL', 'official_names', 'official_arguments', 'from_official',
+           'qwen25_vl_3b', 'qwen25_vl_7b', 'qwen25_vl_72b', 'qwen25_vl_3b_vision', 'qwen25_vl_7b_vision',
+           'qwen25_vl_72b_vision']
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #c7799b4b
 import functools, math
@@ -17,8 +18,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
+from ..kernels.entropy_attention import widened
 from ..kernels.packed_attention import kept, packed_attention
 from ..layers.attention import attention
 from ..layers.block import GatedMlp
@@ -110,7 +112,9 @@ def sample_frames(frames: int,             # of the file
                   max_frames: int = 768,
                   multiple: int = 2,       # temporal_patch_size
                  ) -> tuple[Int[Tensor, 'f'], float]: # which frames, evenly spread, and the rate they come to
-    "Which frames of a video to look at. ValueError if there are fewer than `multiple`. Source: arXiv:2502.13923, sec. 2.1; official qwen-vl-utils."
+    "Which frames of a video to look at. ValueError if there are fewer than `multiple`, or a rate is not positive. Source: arXiv:2502.13923, sec. 2.1; official qwen-vl-utils."
+    for name, rate in (('video_fps', video_fps), ('fps', fps)):
+        if not 0 < rate < math.inf: raise ValueError(f'{name} must be a positive number of frames a second, got {rate}')
     low, high = -(-min_frames // multiple) * multiple, min(max_frames, frames) // multiple * multiple
     n = math.floor(min(max(frames / video_fps * fps, low), high, frames) / multiple) * multiple
     if n < multiple: raise ValueError(f'frames must be at least {multiple}, got {frames}')
@@ -149,8 +153,7 @@ def rotate(x: Float[Tensor, '*b d'],   # queries or keys
            sin: Float[Tensor, '*#b k'],
           ) -> Float[Tensor, '*b d']:
     "Turn channel i and channel i + d/2 together, as one pair, by their angle. Computed in float32 or better. Source: arXiv:2104.09864, eq. 34, with halves for neighbours."
-    wide = x if x.dtype == torch.float64 else x.float()
-    a, b = wide.chunk(2, -1)
+    a, b = widened(x).chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #7eca5e92
@@ -208,7 +211,7 @@ class PatchAttention(nn.Module):
                 sin: Float[Tensor, 'n 1 k'],
                 ends: Sequence[int],       # of the segments
                ) -> Float[Tensor, 'n c']:
-        q, k, v = self.qkv(x).view(len(x), 3, self.num_heads, -1).unbind(1)
+        q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, x.shape[1] // self.num_heads)).unbind(1)
         return self.proj(packed_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, ends, backend=self.backend).flatten(1))
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #5ee44ef9
@@ -232,7 +235,7 @@ class PatchMerger(nn.Module):
         self.norm, self.fc1, self.act, self.fc2 = RMSNorm(dim), nn.Linear(dim * self.cell, dim * self.cell), nn.GELU(), nn.Linear(dim * self.cell, out_dim)
 
     def forward(self, x: Float[Tensor, 'n c']) -> Float[Tensor, 'm o']:
-        return self.fc2(self.act(self.fc1(self.norm(x).reshape(len(x) // self.cell, -1))))
+        return self.fc2(self.act(self.fc1(self.norm(x).reshape(x.shape[0] // self.cell, self.cell * x.shape[1]))))
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #dea4ea1a
 def init_weights(module: nn.Module):
@@ -304,6 +307,12 @@ def vision_ids(grid: Grid, start: int, step: float, merge_size: int = 2) -> Int[
     return start + torch.stack(torch.meshgrid((t * step).floor().long(), y, x, indexing='ij')).flatten(1)
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #1ac150fe
+def as_mask(mask: Tensor | None) -> Bool[Tensor, '*b'] | None:
+    "A mask of 0 and 1, as tokenizers give it, as one of bools. ValueError for other numbers, which mean something else elsewhere."
+    if mask is None or mask.dtype == torch.bool: return mask
+    if ((mask != 0) & (mask != 1)).any(): raise ValueError(f'mask must be of dtype bool (False = padding), or of 0 and 1, got {mask.dtype} from {mask.min().item()} to {mask.max().item()}')
+    return mask != 0
+
 def mrope_ids(tokens: Int[Tensor, 'b n'],
               image_grids: Sequence[Sequence[int]] | Int[Tensor, 'g 3'] = (),  # of the pictures, in the order of their tokens, row after row of the batch
               video_grids: Sequence[Sequence[int]] | Int[Tensor, 'v 3'] = (),  # of the clips
@@ -313,13 +322,14 @@ def mrope_ids(tokens: Int[Tensor, 'b n'],
               video_token: int = 151656,
               merge_size: int = 2,
               tokens_per_second: float = 2.,               # ids in a second
-              mask: Bool[Tensor, 'b n'] | None = None,     # False = padding, which gets id 1
+              mask: Shaped[Tensor, 'b n'] | None = None,   # False or 0 = padding, which gets id 1
               whole_seconds: bool = False,                 # cut `seconds` to whole numbers first, as transformers did until 5.x
               skip_time: bool = False,                     # go on after a clip from its rows and columns, without its time, as transformers 5 does
              ) -> tuple[Int[Tensor, '3 b n'], Int[Tensor, 'b']]: # ids along time, rows, columns; id of the next token of each row of the batch
     """Positions of text, pictures and clips in one sequence. The id of time counts seconds, not frames. ValueError if placeholders and grids do not fit.
 
     Source: arXiv:2502.13923, sec. 2.1, 'Multimodal Rotary Position Embedding Aligned to Absolute Time'."""
+    mask = as_mask(mask)
     grids = {image_token: list(check_grids(image_grids, merge_size)), video_token: list(check_grids(video_grids, merge_size))}
     seconds = [1.] * len(grids[video_token]) if seconds is None else [float(s) for s in seconds]
     if len(seconds) != len(grids[video_token]): raise ValueError(f'seconds must have one number for each of the {len(grids[video_token])} clips, got {len(seconds)}')
@@ -516,11 +526,11 @@ class Qwen25Decoder(nn.Module):
     def forward_blocks(self,
                        x: Float[Tensor, 'b n c'],                    # embedded tokens
                        ids: Int[Tensor, '3 b n'] | None = None,      # see `mrope_ids`; None: counting up, as for text
-                       mask: Bool[Tensor, 'b n'] | None = None,      # False = padding
+                       mask: Shaped[Tensor, 'b n'] | None = None,    # False or 0 = padding
                        ends: Sequence[int] | Int[Tensor, 's'] | None = None, # segments of a pack that do not see each other: cu_seqlens, b = 1
                        cache: Cache | None = None,                   # what was read before; is extended
                       ) -> list[Float[Tensor, 'b n c']]:             # the input, and what each block makes of it
-        b, n, _ = x.shape
+        (b, n, _), mask = x.shape, as_mask(mask)
         past = 0 if cache is None else len(cache)
         if ends is not None and (b != 1 or mask is not None or cache is not None or self.sliding_window is not None): raise ValueError(f'ends describe a pack in one row, without mask, cache or sliding_window, got a batch of {b}')
         if isinstance(ends, Tensor): ends = ends.tolist()
@@ -537,7 +547,7 @@ class Qwen25Decoder(nn.Module):
         if cache is not None: cache.next_ids = ids.amax((0, 2)) + 1
         return states
 
-    def forward(self, x: Float[Tensor, 'b n c'], ids: Int[Tensor, '3 b n'] | None = None, mask: Bool[Tensor, 'b n'] | None = None,
+    def forward(self, x: Float[Tensor, 'b n c'], ids: Int[Tensor, '3 b n'] | None = None, mask: Shaped[Tensor, 'b n'] | None = None,
                 ends: Sequence[int] | Int[Tensor, 's'] | None = None, cache: Cache | None = None) -> Float[Tensor, 'b n c']:
         return self.norm(self.forward_blocks(x, ids, mask, ends, cache)[-1])
 
@@ -602,7 +612,7 @@ class Qwen25VL(nn.Module):
                 videos: Float[Tensor, 'q d'] | None = None,      # patches of all clips
                 video_grids: Sequence[Sequence[int]] | Int[Tensor, 'v 3'] = (),
                 seconds: Sequence[float] | Float[Tensor, 'v'] | None = None, # of each clip, between two steps of time
-                mask: Bool[Tensor, 'b n'] | None = None,         # False = padding
+                mask: Shaped[Tensor, 'b n'] | None = None,       # False or 0 = padding
                 ids: Int[Tensor, '3 b n'] | None = None,         # None: found by `mrope_ids`, or counted on from the cache
                 cache: Cache | None = None,                      # what was read before; is extended
                 last: bool = False,                              # only the logits of the last token
@@ -616,7 +626,8 @@ class Qwen25VL(nn.Module):
             if start is not None: ids, after = ids + start[:, None], after + start
         x = self.language(x, ids, mask, cache=cache)
         if cache is not None and after is not None: cache.next_ids = after
-        return F.linear(x[:, -1:] if last else x, self.language.embed.weight if self.head is None else self.head.weight)
+        if last: x = x[:, -1:]
+        return F.linear(x, self.language.embed.weight) if self.head is None else self.head(x)       # without a head of its own the matrix of words is read the other way
 
     @torch.no_grad()
     def generate(self,
@@ -626,16 +637,21 @@ class Qwen25VL(nn.Module):
                  videos: Float[Tensor, 'q d'] | None = None,
                  video_grids: Sequence[Sequence[int]] | Int[Tensor, 'v 3'] = (),
                  seconds: Sequence[float] | Float[Tensor, 'v'] | None = None,
-                 mask: Bool[Tensor, 'b n'] | None = None,       # False = padding, which must stand to the left
+                 mask: Shaped[Tensor, 'b n'] | None = None,     # False or 0 = padding, which must stand to the left
                  *,
                  max_new_tokens: int = 32,
                  stop: Sequence[int] = (),                      # tokens that end an answer
                  temperature: float = 0.,                       # 0: always the likeliest token
                  generator: torch.Generator | None = None,
                 ) -> Int[Tensor, 'b m']:                        # the new tokens; after the end of an answer its last token is repeated
-        "Answer, a token at a time; what was read before is kept. ValueError if padding stands to the right."
+        "Answer, a token at a time; what was read before is kept. ValueError if padding stands to the right, there is nothing to continue, or a number is negative."
+        if max_new_tokens < 0: raise ValueError(f'max_new_tokens must be 0 or more, got {max_new_tokens}')
+        if not temperature >= 0: raise ValueError(f'temperature must be 0 or more, got {temperature}')
+        if not tokens.shape[1]: raise ValueError(f'tokens must hold at least one token to go on from, got {tuple(tokens.shape)}')
+        if not max_new_tokens: return tokens[:, :0]
+        mask = as_mask(mask)
         if mask is not None and not mask[:, -1].all(): raise ValueError('mask: padding must stand to the left of the text to be continued')
-        cache, new, done = Cache(), [], torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        cache, new, done = Cache(), [], torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
         logits = self(tokens, images, image_grids, videos, video_grids, seconds, mask, cache=cache, last=True)[:, 0]
         while True:
             token = torch.multinomial((logits.float() / temperature).softmax(-1), 1, generator=generator)[:, 0] if temperature > 0 else logits.argmax(-1)

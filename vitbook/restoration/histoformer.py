@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'ascending', 'SortedMap', 'sort_map', 'unsort_map', 'bin_tokens', 'from_bins', 'softmax1', 'bin_attention',
-           'histogram_attention', 'HistogramAttention', 'DualScaleMlp', 'PixelNorm', 'HistogramBlock', 'pearson',
-           'restoration_loss', 'Resample', 'Thumbnail', 'Histoformer', 'from_official', 'arguments_of', 'histoformer',
-           'SortOrders', 'HistogramTokens']
+           'histogram_attention', 'HistogramAttention', 'unshuffle', 'DualScaleMlp', 'PixelNorm', 'HistogramBlock',
+           'pearson', 'restoration_loss', 'Resample', 'Thumbnail', 'Histoformer', 'from_official', 'arguments_of',
+           'histoformer', 'SortOrders', 'HistogramTokens']
 
 # %% ../../nbs/06_restoration/02_histoformer.ipynb #a7707e54
 import math, re
@@ -19,7 +19,9 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from ..kernels.entropy_attention import as_written, widened
 from ..layers.conv import DepthwiseConv2d, map_to_tokens, tokens_to_map
+from ..layers.norm import deviation, unit
 from ..registry import load_weights, register_model
 
 # %% ../../nbs/06_restoration/02_histoformer.ipynb #fcc4cc4f
@@ -93,8 +95,10 @@ def bin_attention(q: Float[Tensor, 'b c n'], k: Float[Tensor, 'b c n'], v: Float
                   return_weights: bool = False):
     "Attention among the bins of all channels of a head; `return_weights`: also the weights, 'b h d d'. Source: arXiv:2407.10172, sec. 3.3, and the official code."
     q, k, t = (bin_tokens(x, len(temperature), num_bins, form) for x in (q, k, v))
-    weights = softmax1((F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).mT) * temperature)
-    out = from_bins(weights @ t, num_bins, v.shape[2], form)
+    with as_written(q):
+        weights = softmax1(unit(widened(q)) @ unit(widened(k)).mT * temperature)
+        t = (weights @ widened(t)).to(t.dtype)
+    out = from_bins(t, num_bins, v.shape[2], form)
     return (out, weights) if return_weights else out
 
 # %% ../../nbs/06_restoration/02_histoformer.ipynb #07c526ab
@@ -162,6 +166,10 @@ class HistogramAttention(nn.Module):
         return torch.cat([unsort_map(out[:, :half], rows, cols), out[:, half:]], 1) if self.sort_conv else out
 
 # %% ../../nbs/06_restoration/02_histoformer.ipynb #0fedf763
+def unshuffle(x: Float[Tensor, 'b c Y X']) -> Float[Tensor, 'b d y x']:
+    "Squares of 2 x 2 pixels into channels, also of no pictures, which torch's own leaves as they are."
+    return F.pixel_unshuffle(x, 2) if x.shape[0] > 0 else rearrange(x, 'b c (y p) (x q) -> b (c p q) y x', p=2, q=2)
+
 class DualScaleMlp(nn.Module):
     """Dual-scale gated feed-forward: at twice the resolution and a quarter of the channels, a 5x5 depthwise convolution times a gate from a dilated 3x3 one.
 
@@ -179,7 +187,7 @@ class DualScaleMlp(nn.Module):
 
     def forward(self, x: Float[Tensor, 'b c y x']) -> Float[Tensor, 'b c y x']:
         a, g = F.pixel_shuffle(self.fc1(x), 2).chunk(2, 1)
-        return self.fc2(F.pixel_unshuffle(F.mish(self.gate(g)) * self.dwconv(a), 2))
+        return self.fc2(unshuffle(F.mish(self.gate(g)) * self.dwconv(a)))
 
 # %% ../../nbs/06_restoration/02_histoformer.ipynb #1c83db1c
 class PixelNorm(nn.Module):
@@ -189,8 +197,8 @@ class PixelNorm(nn.Module):
         self.center, self.eps = center, eps
 
     def forward(self, x: Float[Tensor, 'b c y x']) -> Float[Tensor, 'b c y x']:
-        deviation = (x.var(1, correction=0, keepdim=True) + self.eps).sqrt()
-        return (x - x.mean(1, keepdim=True) if self.center else x) / deviation
+        size = deviation(x, 1, self.eps)
+        return ((x - x.mean(1, keepdim=True) if self.center else x) / size).to(x.dtype)
 
 # %% ../../nbs/06_restoration/02_histoformer.ipynb #3527c594
 class HistogramBlock(nn.Module):
@@ -217,7 +225,8 @@ def pearson(x: Float[Tensor, 'b *n'], y: Float[Tensor, 'b *n'],
             eps: float = 1e-6) -> Float[Tensor, 'b']:
     "Correlation of two pictures over all their pixels and channels, -1 … 1; 0 where one is constant, with finite gradients. Source: arXiv:2407.10172, sec. 3.5."
     if x.shape != y.shape: raise ValueError(f'x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}')
-    x, y = (t.flatten(1) - t.flatten(1).mean(1, keepdim=True) for t in (x, y))
+    x, y = (widened(t).flatten(1) for t in (x, y))
+    x, y = (t - t.mean(1, keepdim=True) for t in (x, y))
     norm = torch.linalg.vector_norm                            # its gradient at 0 is 0, that of sqrt is nan
     return (x * y).sum(1) / (norm(x, dim=1) * norm(y, dim=1) + eps)
 
@@ -238,7 +247,7 @@ class Resample(nn.Module):
         super().__init__()
         self.down, self.conv = down, nn.Conv2d(dim, dim // 2 if down else 2 * dim, 3, padding=1, bias=False)
 
-    def forward(self, x: Float[Tensor, 'b c y x']) -> Float[Tensor, 'b d Y X']: return (F.pixel_unshuffle if self.down else F.pixel_shuffle)(self.conv(x), 2)
+    def forward(self, x: Float[Tensor, 'b c y x']) -> Float[Tensor, 'b d Y X']: return unshuffle(self.conv(x)) if self.down else F.pixel_shuffle(self.conv(x), 2)
 
 class Thumbnail(nn.Module):
     "The picture at half the resolution, lightly filtered: the shortcut past each level of the encoder."

@@ -13,7 +13,7 @@ __all__ = ['FORMS', 'MODES', 'Gratings', 'gratings', 'gumbel_gate', 'Gate', 'Row
 
 # %% ../../nbs/04_tokens/01_token_routing.ipynb #7f53edda
 import inspect, math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from ..layers.attention import attention, attention_scores, masked_softmax
 from ..layers.block import Block, DropPath, drop_path_rates
 from ..layers.conv import DepthwiseConv2d, map_to_tokens, tokens_to_map
 from ..layers.embed import check_divisible, pair
-from ..layers.position import resize_position
+from ..layers.position import LearnedGrid, resize_position
 from ..registry import register_model
 
 # %% ../../nbs/04_tokens/01_token_routing.ipynb #37128f59
@@ -421,7 +421,7 @@ def dense_grid(router: Any,                          # TokenRouter
                gathered_rows: bool = False,          # stages gather: the form `mixed`
               ) -> tuple[list[Tensor], list[list[Tensor]], list[list[Tensor]], list[list[Tensor]], Int[Tensor, 'b i']]: # maps, row gates, column gates, reached, stop
     "Every edge of the grid on the whole batch, masked afterwards. Source: arXiv:2308.03409, eq. 4."
-    N, M, b = len(router.strides), router.num_stages, len(start)
+    N, M, b = len(router.strides), router.num_stages, start.shape[0]
     wide = torch.float64 if start.dtype == torch.float64 else torch.float32
     maps, G, g, seen = [], [[] for _ in range(N)], [[] for _ in range(N - 1)], [[] for _ in range(N)]
     above, never = None, lambda forced: isinstance(forced, (int, float)) and forced == 0
@@ -468,7 +468,7 @@ def gathered_grid(router: Any,                          # TokenRouter
                   early_stop: bool = True,
                  ) -> tuple[list[Tensor], list[list[Tensor]], list[list[Tensor]], list[list[Tensor]], Int[Tensor, 'b i']]: # maps, row gates, column gates, reached, stop
     "The same grid, row by row, computing open edges only; the early stop is a reconstruction from one sentence of the abstract."
-    N, M, b = len(router.strides), router.num_stages, len(start)
+    N, M, b = len(router.strides), router.num_stages, start.shape[0]
     wide = torch.float64 if start.dtype == torch.float64 else torch.float32
     zeros = lambda *shape: torch.zeros(*shape, dtype=wide, device=start.device)
     maps, G, g, seen = [], [[] for _ in range(N)], [[] for _ in range(N - 1)], [[] for _ in range(N)]
@@ -506,7 +506,7 @@ def gathered_grid(router: Any,                          # TokenRouter
     return maps, G, g, seen, stop
 
 # %% ../../nbs/04_tokens/01_token_routing.ipynb #c99deca4
-class RoutingGrid(nn.Module):
+class RoutingGrid(LearnedGrid, nn.Module):
     "What a router is made of: stem, stages, patch embeddings, and a gate for each. `TokenRouter` sends tokens through it. Source: arXiv:2308.03409, sec. 3."
     def __init__(self,
                  img_size: int | tuple[int, int] = 224,
@@ -614,6 +614,15 @@ class RoutingGrid(nn.Module):
         check_divisible(name, size, (side, side), f'the coarsest stride 4*2^{len(self.strides) - 1}:')
         if min(size) < side: raise ValueError(f'{name} must be at least {side}x{side}, got {size[0]}x{size[1]}')
 
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        "Rows and columns of tokens of the finest map at the size expected, for which positions are learned."
+        return self.grid_of(self.img_size)
+
+    def resized(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "Positions interpolated from the grid they were learned on to this model's."
+        return self.regridded(state_dict)
+
     def grid_of(self, size: tuple[int, int], scale: int = 0) -> tuple[int, int]:
         "Rows and columns of tokens of a picture at a scale."
         return size[0] // self.strides[scale], size[1] // self.strides[scale]
@@ -666,8 +675,8 @@ class TokenRouter(RoutingGrid):
         "For each image, whether all gates of row i that are still to come are shut if its map stays as it is; None if that can't be known."
         M, N = self.num_stages, len(self.strides)
         if self.mode in ('random', 'attention'): return None
-        one, none = x.new_ones(len(x)), x.new_zeros(len(x))
-        ahead = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        one, none = x.new_ones(x.shape[0]), x.new_zeros(x.shape[0])
+        ahead = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
         for k in range(j, M): ahead |= (self._row(i, k, x, None, forced_row[i][k], one, shift) > 0).any(1)
         if i < N - 1:
             for k in range(j + 1, M + 1): ahead |= self._col(i, k, x, forced_col[i][k], one, one, shift) > 0
