@@ -8,6 +8,7 @@ import ast, base64, hashlib, io, json, re, sys, uuid
 from pathlib import Path
 
 from vitbook.book import Chapter, directives, find_chapters, write_whole
+from vitbook.lab import with_setup
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURE = 216, 140                                # of the gallery: three in a row on the site
@@ -189,9 +190,20 @@ def between(text: str, name: str, lines: list[str], suffix: str = '.md') -> str:
     return pattern.sub(lambda m: m[1] + new + m[3], text)
 
 
-def write_lists(root: Path = ROOT) -> list[str]:
-    "Bring every list up to date; the files that changed."
+def first_cells(root: Path) -> list[str]:
+    "Every notebook has the cell under its title that makes it run by itself; the files that changed."
     changed = []
+    for chapter in find_chapters(root):
+        nb = json.loads(chapter.path.read_text(encoding='utf-8'))
+        if (new := with_setup(nb)) == nb: continue
+        write_whole(chapter.path, json.dumps(new, indent=1, sort_keys=True, ensure_ascii=False) + '\n')
+        changed.append(chapter.path.relative_to(root).as_posix())
+    return changed
+
+
+def write_lists(root: Path = ROOT) -> list[str]:
+    "Bring every first cell and every list up to date; the files that changed."
+    changed = first_cells(root)
     gallery(root)
     for name, lists in LISTS.items():
         path = root/name
