@@ -1,4 +1,6 @@
 """The official Histoformer, built from a sheet with our parts."""
+import torch
+
 # Six pairs of neighbours in the sorted rows of histoformer__tiny that rounding turned round in the official run,
 # closer than 1.4e-6 of their row's range: which of its 24 sorts -> (picture, channel, row of a map, place of the first).
 HISTOFORMER_TURNED = {2: [(0, 0, 844)], 19: [(0, 9, 22, 25)], 20: [(0, 1, 864), (0, 3, 636)], 23: [(0, 13, 167), (0, 20, 402)]}
