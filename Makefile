@@ -30,7 +30,7 @@ book: $(VENV)/.book
 	@$(BIN)/vitbook run $(or $(ARGS),all)
 
 test: $(VENV)/.dev
-	@$(BIN)/python -m pytest -c tests/pytest.ini --rootdir=. tests $(ARGS)
+	@$(BIN)/python -m pytest -c tests/pytest.ini --rootdir=. -n 2 --dist loadfile --no-loadscope-reorder tests $(ARGS)
 
 lab: $(VENV)/.book
 	@$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/nbs/index.ipynb $(ARGS)
@@ -46,7 +46,7 @@ bench: $(VENV)/.book
 
 # Lists first, so that a list git could not merge is whole again before nbdev reads it; then again, from what was exported.
 export: $(VENV)/.dev
-	@$(MADE) && $(BIN)/nbdev_export && $(MADE) && $(BIN)/nbdev_clean
+	@$(MADE) && $(BIN)/nbdev_export && $(BIN)/python -c 'from vitbook.registry import write_index; write_index()' && $(MADE) && $(BIN)/nbdev_clean
 
 chapter: $(VENV)/.dev
 	@$(MADE) chapter $(SLUG)
