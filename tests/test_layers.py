@@ -170,6 +170,14 @@ def test_flex_agrees(tmp_path):
     assert 'agrees' in run(sys.executable, '-c', FLEX, PYTHONPATH=str(ROOT)).stdout
 
 
+def test_flex_is_refused_where_torch_cannot_compile_it(tmp_path):
+    "An ARM processor, or one without AVX2: a sentence, not an error from the depth of a compilation."
+    program = 'from vitbook.layers.attention import refusal\nfrom vitbook.kernels import packed_attention as p\n'
+    program += "print(refusal('flex'), p.refusal('flex'), sep='; ')"
+    said = run(sys.executable, '-c', program, PYTHONPATH=str(ROOT), ATEN_CPU_CAPABILITY='default').stdout
+    if not torch.cuda.is_available(): assert said.count('AVX2 only') == 2, said
+
+
 @settings(max_examples=40)
 @given(problems())
 def test_weights_and_entropy_on_request(problem):

@@ -172,6 +172,8 @@ def refusal(backend: str,
         except ImportError: return f'torch {torch.__version__} has no FlexAttention (2.5 and later do)'
         import shutil
         if device == 'cpu' and grad: return 'it has no gradient on the CPU'
+        if device == 'cpu' and not torch.backends.cpu.get_cpu_capability().startswith('AVX'):
+            return 'torch compiles it for processors with AVX2 only'
         if device == 'cpu' and not (shutil.which('g++') or shutil.which('clang++') or shutil.which('cl')): return 'compiling it needs a C++ compiler'
         if not same_width: return 'it wants keys and values of one width'
     if backend == 'varlen':

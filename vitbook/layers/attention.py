@@ -114,6 +114,8 @@ def _flex_missing() -> str | None:
     try: from torch.nn.attention.flex_attention import flex_attention  # noqa: F401
     except ImportError: return f'torch {torch.__version__} has no FlexAttention (2.5 and later do)'
     import shutil
+    if not torch.cuda.is_available() and not torch.backends.cpu.get_cpu_capability().startswith('AVX'):
+        return 'torch compiles FlexAttention for processors with AVX2 only'
     if not torch.cuda.is_available() and not (shutil.which('g++') or shutil.which('clang++') or shutil.which('cl')): return 'compiling it needs a C++ compiler'
 
 def refusal(backend: str,             # a key of BACKENDS
