@@ -576,7 +576,7 @@ def mode_of_sub_networks(hold):
 def mode_of_sample(hold):
     from vitbook.generation.fitv2 import sample
     from vitbook.registry import create_model, model_info
-    model = create_model('fit_xl_2', **model_info('fit_xl_2')['example']).train()
+    model = create_model('fitv2_xl_2', **model_info('fitv2_xl_2')['example']).train()
     model.blocks[0].eval()
     sample(hold(model), torch.tensor([1]), 2, 2, steps=1)
 
