@@ -338,7 +338,7 @@ ORDERS = dict(loader=loader, generator=lambda: loader(generator=torch.Generator(
 
 @pytest.mark.parametrize('stop', [1, 4, 6])
 @pytest.mark.parametrize('name', ORDERS)
-def test_an_iterables_order_goes_on(tmp_path, name, stop):
+def test_an_iterables_order_goes_on(tmp_path, name, stop, unchecked):
     "Cut within a pass, at its end and in the second one, with dropout between: the weights are those of the run that was not cut."
     def run(path, data, **more):
         model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(.3), nn.Linear(8, 3))
@@ -443,7 +443,7 @@ def test_a_callback_stops_the_run(tmp_path):
 
 
 @pytest.mark.parametrize('generator, draw', [('python', random.random), ('numpy', np.random.rand), ('torch', lambda: torch.rand(()).item())])
-def test_every_global_generator_goes_on(tmp_path, generator, draw):
+def test_every_global_generator_goes_on(tmp_path, generator, draw, unchecked):
     def run(path, **more):
         seen = []
         train(small(), checkpoint=path, callbacks=[lambda moment: seen.append(draw()), *more.pop('then', [])], **more)
@@ -576,7 +576,7 @@ def mode_of_sub_networks(hold):
 def mode_of_sample(hold):
     from vitbook.generation.fitv2 import sample
     from vitbook.registry import create_model, model_info
-    model = create_model('fit_xl_2', **model_info('fit_xl_2')['example']).train()
+    model = create_model('fitv2_xl_2', **model_info('fitv2_xl_2')['example']).train()
     model.blocks[0].eval()
     sample(hold(model), torch.tensor([1]), 2, 2, steps=1)
 

@@ -76,7 +76,9 @@ def lr_factor(step: int,            # from 0
 
 # %% ../nbs/00_foundations/11_training.ipynb #8c5cad5b
 class NonFiniteLoss(FloatingPointError):
-    "The loss became inf or nan, or its gradient did, or the weights that a step made; `step`, `loss`, `lr` and `grad_norm` say when and how."
+    """The loss became inf or nan, or its gradient did, or the weights that a step made.
+
+    `step`, `loss`, `lr` and `grad_norm` say when and how."""
     def __init__(self, step: int, loss: float, lr: float,
                  grad_norm: float | None = None, # None: the loss was not finite already
                  spoilt: str | None = None):     # a parameter that the step has made inf or nan
@@ -154,23 +156,27 @@ def _fingerprint(batch: Any) -> str:
         if isinstance(x, Tensor) and x.layout == torch.strided:
             flat = x.detach().flatten()
             found.update(f'{x.dtype} {tuple(x.shape)}'.encode())
-            found.update(flat[::max(1, len(flat) // 1000)].cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            some = flat[::max(1, len(flat) // 1000)].cpu().contiguous()
+            found.update(some.view(torch.uint8).numpy().tobytes())
         elif isinstance(x, (list, tuple)):
             found.update(f'{len(x)} of'.encode())
             for each in x: add(each)
-        else: found.update(repr(x).encode() if isinstance(x, (bool, int, float, str)) else type(x).__name__.encode())
+        elif isinstance(x, (bool, int, float, str)): found.update(repr(x).encode())
+        else: found.update(type(x).__name__.encode())
     add(batch)
     return found.hexdigest()
 
 class _Stream:
     "Batches of an iterable, pass after pass, and how to stand at the same place again in a resumed run."
     def __init__(self, data: Iterable, steps: int):
-        self.data, self.steps, self.passes, self.taken, self.total, self.batches = data, steps, 0, 0, 0, None
+        self.data, self.steps, self.batches = data, steps, None
+        self.passes = self.taken = self.total = 0
 
     def generators(self) -> list[torch.Generator]:
         "A DataLoader's own; torch's, numpy's and Python's global ones are `_rng`'s."
         sampler = getattr(getattr(self.data, 'batch_sampler', None), 'sampler', None)
-        found = [getattr(owner, 'generator', None) for owner in (self.data, getattr(self.data, 'sampler', None), sampler)]
+        owners = self.data, getattr(self.data, 'sampler', None), sampler
+        found = [getattr(owner, 'generator', None) for owner in owners]
         return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
     def begin(self):
@@ -184,8 +190,8 @@ class _Stream:
         batch = next(self.batches, self)
         while batch is self:
             if self.taken == 0 or isinstance(self.data, Iterator):
-                raise ValueError(f'data: the batches ended after {self.total} of {self.steps} steps, and a new pass gives none: '
-                                 'give a list, a DataLoader, or a function step -> batch')
+                raise ValueError(f'data: the batches ended after {self.total} of {self.steps} steps, and a new pass gives '
+                                 'none: give a list, a DataLoader, or a function step -> batch')
             self.passes += 1
             self.begin()
             self.before = _rng()
@@ -213,8 +219,9 @@ class _Stream:
             if i + 1 == place['taken'] and place['before'] is not None: _set_rng(place['before'])
             self.take()
         if compare and place['last'] is not None and self.last != place['last']:
-            raise CheckpointError(f'data gives other batches than before: batch {step} is not the one that the checkpoint has seen. Its order must come from its '
-                                  "seed, or from torch's, numpy's or Python's global generator; resume=False starts anew")
+            raise CheckpointError(f'data gives other batches than before: batch {step} is not the one that the checkpoint has '
+                                  "seen. Its order must come from its seed, or from torch's, numpy's or Python's global "
+                                  'generator; resume=False starts anew')
 
 @dataclass
 class History:
@@ -242,44 +249,60 @@ class Moment:
 def cross_entropy(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     """The loss of a classifier on (inputs, labels); the last axis of the output counts the classes.
 
-    Labels are whole numbers, -100 for places that do not count, or floats in the shape of the output: a share for each class. ValueError for anything else."""
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
-        parts = ', '.join(map(str, batch)) if isinstance(batch, Mapping) else ', '.join(type(t).__name__ for t in batch) if isinstance(batch, (tuple, list)) else ''
-        raise ValueError(f'batch: got {type(batch).__name__} ({parts}), wanted two tensors (inputs, labels); for other batches give a `loss` of your own')
+    Labels are whole numbers, -100 for places that do not count, or floats in the shape of the output: a share for
+    each class. ValueError for anything else."""
+    several = isinstance(batch, (tuple, list))
+    if not several or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
+        names = batch if isinstance(batch, Mapping) else [type(t).__name__ for t in batch] if several else []
+        raise ValueError(f'batch: got {type(batch).__name__} ({", ".join(map(str, names))}), wanted two tensors '
+                         '(inputs, labels); for other batches give a `loss` of your own')
     x, y = batch
     out = model(x)
-    if not isinstance(out, Tensor): raise ValueError(f'model: gave {type(out).__name__}, wanted a tensor of logits; for other outputs give a `loss` of your own')
+    if not isinstance(out, Tensor):
+        raise ValueError(f'model: gave {type(out).__name__}, wanted a tensor of logits; for other outputs give a `loss` '
+                         'of your own')
     soft = y.is_floating_point()
     if y.dtype == torch.bool or y.is_complex() or tuple(y.shape) != tuple(out.shape if soft else out.shape[:-1]):
-        raise ValueError(f'labels: got {str(y.dtype).removeprefix("torch.")} of shape {tuple(y.shape)} for logits of shape {tuple(out.shape)}, wanted whole numbers of shape '
-                         f'{tuple(out.shape[:-1])}, or a share for each class')
+        kind = str(y.dtype).removeprefix('torch.')
+        raise ValueError(f'labels: got {kind} of shape {tuple(y.shape)} for logits of shape {tuple(out.shape)}, wanted whole '
+                         f'numbers of shape {tuple(out.shape[:-1])}, or a share for each class')
     try: return F.cross_entropy(out.flatten(0, -2), y.flatten(0, -2) if soft else y.flatten().long())
-    except IndexError as e: raise ValueError(f'labels: got classes {y.min().item()} … {y.max().item()}, wanted 0 … {out.shape[-1] - 1}') from e
+    except IndexError as e:
+        low, high = y.min().item(), y.max().item()
+        raise ValueError(f'labels: got classes {low} … {high}, wanted 0 … {out.shape[-1] - 1}') from e
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 256) -> float:
-    "Share of right answers, in eval mode; every module's mode is as before afterwards. ValueError for an empty set."
-    if len(x) != len(y) or not len(x): raise ValueError(f'x, y: got {len(x)} inputs and {len(y)} labels, wanted as many of each and not an empty set')
+    "Share of right answers, in eval mode; modes are as before afterwards. ValueError for an empty set."
+    if len(x) != len(y) or not len(x):
+        raise ValueError(f'x, y: got {len(x)} inputs and {len(y)} labels, wanted as many of each and not an empty set')
     if batch_size < 1: raise ValueError(f'batch_size must be at least 1, got {batch_size}')
     right = 0
     with eval_mode(model):
-        for i in range(0, len(x), batch_size): right += (model(x[i:i + batch_size]).argmax(-1) == y[i:i + batch_size]).sum().item()
+        for i in range(0, len(x), batch_size):
+            right += (model(x[i:i + batch_size]).argmax(-1) == y[i:i + batch_size]).sum().item()
     return right / y.numel()
 
-def decay_groups(model: nn.Module, weight_decay: float = .05) -> list[dict[str, Any]]:
-    """Two groups for an optimizer: matrices and kernels with `weight_decay`; vectors, biases and norms of any shape, and what `model.no_weight_decay()` names, without.
+def _untrainable(model: nn.Module) -> str:
+    return f'model: {type(model).__name__} has no parameter to train, none has requires_grad'
 
-    ValueError if nothing is to be trained. Source: arXiv:1711.05101 for decay apart from the gradient; which parameters, as timm and the papers' codes have it."""
+def decay_groups(model: nn.Module, weight_decay: float = .05) -> list[dict[str, Any]]:
+    """Two groups for an optimizer: matrices and kernels with `weight_decay`, and the rest without.
+
+    The rest: vectors, biases, norms of any shape, and what `model.no_weight_decay()` names. ValueError if nothing
+    is to be trained. Source: arXiv:1711.05101 for decay apart from the gradient; which parameters, as in timm."""
     norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-    of_norms = {id(p) for m in model.modules() if isinstance(m, norms) or type(m).__name__.endswith('RMSNorm') for p in m.parameters(recurse=False)}
+    found = [m for m in model.modules() if isinstance(m, norms) or type(m).__name__.endswith('RMSNorm')]
+    of_norms = {id(p) for m in found for p in m.parameters(recurse=False)}
     named = set(model.no_weight_decay()) if hasattr(model, 'no_weight_decay') else set()
     free, decayed = [], []
     for name, p in model.named_parameters():
         if not p.requires_grad: continue
         alone = p.dim() < 2 or id(p) in of_norms or name in named or name.rpartition('.')[2] == 'bias'
         (free if alone else decayed).append(p)
-    if not free and not decayed: raise ValueError(f'model: {type(model).__name__} has no parameter to train, none has requires_grad')
-    return [g for g in (dict(params=decayed, weight_decay=weight_decay), dict(params=free, weight_decay=0.)) if g['params']]
+    if not free and not decayed: raise ValueError(_untrainable(model))
+    groups = dict(params=decayed, weight_decay=weight_decay), dict(params=free, weight_decay=0.)
+    return [g for g in groups if g['params']]
 
 # %% ../nbs/00_foundations/11_training.ipynb #8258ece4
 def _options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -295,26 +318,72 @@ def _differ(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) or isinstance(b, Tensor): return not torch.equal(torch.as_tensor(a), torch.as_tensor(b))
     return a != b
 
-def _resume(path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any]:
+def _resume(path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> dict:
     """Weights and optimizer of a checkpoint, and the rest of it.
 
-    What the caller set differently this time (a learning rate, a weight decay) holds; everything else goes on as it was. Nothing is changed if the checkpoint is refused."""
+    What the caller set differently this time (a learning rate, a weight decay) holds; everything else goes on as it
+    was. Nothing is changed if the checkpoint is refused."""
     saved = read_checkpoint(path)
     if not {'optimizer', 'optimizer_kind', 'members', 'options', 'step', 'history', 'rng'} <= saved.keys():
         raise CheckpointError(f'{path} holds no run of fit, only {", ".join(sorted(saved))}')
     kind = type(optimizer).__name__
-    if saved['step'] > steps: raise CheckpointError(f'{path} has gone {saved["step"]} steps already, got steps={steps}')
-    if saved['optimizer_kind'] != kind: raise CheckpointError(f'{path} was written with {saved["optimizer_kind"]}, got {kind} as optimizer')
+    if saved['step'] > steps:
+        raise CheckpointError(f'{path} has gone {saved["step"]} steps already, got steps={steps}')
+    if saved['optimizer_kind'] != kind:
+        raise CheckpointError(f'{path} was written with {saved["optimizer_kind"]}, got {kind} as optimizer')
     if saved['members'] != _members(optimizer, model):
-        raise CheckpointError(f'{path} was written by an optimizer with other parameters, or other groups of them: see which require a gradient, and how the optimizer was made')
+        raise CheckpointError(f'{path} was written by an optimizer with other parameters, or other groups of them: see which '
+                              'require a gradient, and how the optimizer was made')
     try: load_weights(model, saved['model'])
     except ValueError as e: raise CheckpointError(f'{path} is of another model: {e}') from None
     now = _options(optimizer)
     optimizer.load_state_dict(saved['optimizer'])
     for group, asked, before in zip(optimizer.param_groups, now, saved['options']):
-        group.update({name: value for name, value in asked.items() if name not in before or _differ(value, before[name])})
+        changed = [name for name in asked if name not in before or _differ(asked[name], before[name])]
+        group.update({name: asked[name] for name in changed})
     return saved
 
+# %% ../nbs/00_foundations/11_training.ipynb #63032529
+_PREPARED = ('forward', '_original_forward', '_is_accelerate_prepared')     # what accelerate leaves in a module
+
+def _check_loss(value: Any):
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        what = f'a tensor of shape {tuple(value.shape)}' if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f'loss: gave {what}, wanted one number as a tensor')
+    if not value.requires_grad: raise ValueError('loss: what it gave does not depend on any parameter that is trained')
+
+def _clipped(acc: Any, parameters: Iterable[nn.Parameter], clip: float | None) -> float | None:
+    "Clips the gradients; their norm before that. None where an engine of its own does the clipping and does not say."
+    parameters = list(parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if clip is None and any(g.is_sparse for g in gradients):        # which torch's own norm does not take
+        return math.sqrt(sum((g.coalesce().values() if g.is_sparse else g).double().square().sum().item() for g in gradients))
+    norm = acc.clip_grad_norm_(parameters, math.inf if clip is None else clip)
+    return None if norm is None else float(norm)
+
+def _put_back(model: nn.Module, buffers: Mapping[str, Tensor]):
+    "Statistics as they were before a step that is not taken."
+    own = dict(model.named_buffers())
+    for name, b in buffers.items():
+        if name in own: own[name].copy_(b)
+
+def _numbers(found: Any, row: Mapping[str, Any]) -> dict[str, float]:
+    "What `evaluate` gave, beside the row's own numbers."
+    if not isinstance(found, Mapping): raise ValueError(f'evaluate: gave {type(found).__name__}, wanted numbers by name')
+    if taken := [name for name in found if name in row]:
+        raise ValueError(f"evaluate: gave {taken[0]!r}, which is the training step's own; call it 'val_{taken[0]}', say")
+    try: return {name: float(value) for name, value in found.items()}
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ValueError(f'evaluate: gave {found}, wanted one number for each name') from e
+
+def _bar(steps: Iterable[int], shown: bool) -> Iterable[int]:
+    "A progress bar, unless the book's runner shows its own."
+    if not shown or 'VITBOOK_RUN' in os.environ: return steps
+    try: from tqdm.auto import tqdm
+    except ImportError: return steps
+    return tqdm(steps, unit='step', leave=False)
+
+# %% ../nbs/00_foundations/11_training.ipynb #4fb2603d
 def fit(model: nn.Module,
         data: Any,                                      # `batches`; a function step -> batch; or an iterable of batches, gone through again and again
         *,
@@ -337,11 +406,16 @@ def fit(model: nn.Module,
         progress: bool = True) -> History:
     """Train `model` in place, on one device or many (under `accelerate launch` or torchrun; `batch_size` is per process).
 
-    A run that was killed and is started again with the same arguments ends with the same weights, bit for bit on one CPU process, as one that never was; where an iterable's order
-    does not come again, that is a CheckpointError. Of optimizer, rates and schedule, what is given differently the second time holds.
-    A model in training mode keeps the modules that were put into eval mode, such as frozen norms, as they are; one in eval mode is put into training mode whole.
-    NonFiniteLoss stops before a broken update; CheckpointError if the checkpoint is damaged, of another model or optimizer, or further than `steps`; OSError if it cannot be written.
-    ValueError if the batches end early, if nothing is to be trained, or if `evaluate` takes a name of the history's own."""
+    A run that was killed and is started again with the same arguments ends with the same weights, bit for bit on one
+    CPU process, as one that never was; where an iterable's order does not come again, that is a CheckpointError.
+    Of optimizer, rates and schedule, what is given differently the second time holds.
+
+    A model in training mode keeps the modules that were put into eval mode, such as frozen norms, as they are; one
+    in eval mode is put into training mode whole.
+
+    NonFiniteLoss stops before a broken update. CheckpointError if the checkpoint is damaged, of another model or
+    optimizer, or further than `steps`; OSError if it cannot be written. ValueError if the batches end early, if
+    nothing is to be trained, or if `evaluate` takes a name of the history's own."""
     try:
         from accelerate import Accelerator
         from accelerate.utils import send_to_device
@@ -351,10 +425,10 @@ def fit(model: nn.Module,
     lr_factor(0, steps, warmup, schedule, floor)
     acc = accelerator or Accelerator(cpu=os.environ.get('VITBOOK_DEVICE') == 'cpu')
     if acc.gradient_accumulation_steps != 1:
-        raise ValueError(f'accelerator: got gradient_accumulation_steps={acc.gradient_accumulation_steps}, wanted 1: a step of fit is one batch and one update. '
-                         'Give larger batches, or a `loss` that goes through its batch in parts')
+        raise ValueError(f'accelerator: got gradient_accumulation_steps={acc.gradient_accumulation_steps}, wanted 1: a step of '
+                         'fit is one batch and one update. Give larger batches, or a `loss` that goes through its batch in parts')
     if optimizer is None: optimizer = torch.optim.AdamW(decay_groups(model, weight_decay), lr=lr)
-    if not any(p.requires_grad for p in model.parameters()): raise ValueError(f'model: {type(model).__name__} has no parameter to train, none has requires_grad')
+    if not any(p.requires_grad for p in model.parameters()): raise ValueError(_untrainable(model))
     options, history, first, saved = _options(optimizer), History(), 0, None
     peaks = [group['lr'] for group in options]
     if checkpoint is not None and resume and Path(checkpoint).exists():
@@ -374,8 +448,10 @@ def fit(model: nn.Module,
 
     def save(step):
         if checkpoint is None or not acc.is_main_process: return
-        save_checkpoint(checkpoint, acc.unwrap_model(wrapped), optimizer=optimizer.state_dict(), optimizer_kind=type(optimizer).__name__, members=_members(optimizer, model),
-                        options=options, step=step, data=stream and stream.place(), history=history.rows, rng=_rng())
+        rng = _rng()                # first of all: nothing that saving does may move it
+        state = dict(optimizer=optimizer.state_dict(), optimizer_kind=type(optimizer).__name__, options=options,
+                     members=_members(optimizer, model), data=stream and stream.place())
+        save_checkpoint(checkpoint, acc.unwrap_model(wrapped), **state, step=step, history=history.rows, rng=rng)
 
     if not model.training: wrapped.train()
     try:
@@ -395,61 +471,28 @@ def fit(model: nn.Module,
             optim.zero_grad(set_to_none=True)
             acc.backward(value)
             norm = _clipped(acc, wrapped.parameters(), clip)
-            if norm is not None and not math.isfinite(norm) and acc.scaler is None:      # with one, float16's overflows are its business: it leaves the step out
+            # with a scaler, float16's overflows are its business: it leaves the step out
+            if norm is not None and not math.isfinite(norm) and acc.scaler is None:
                 _put_back(model, buffers)
                 optim.zero_grad(set_to_none=True)
                 raise NonFiniteLoss(step, seen, rate, norm)
             optim.step()
             row = dict(step=step + 1, loss=seen, lr=rate) | ({} if norm is None else {'grad_norm': norm})
             if evaluate and ((step + 1) % every == 0 or last):
-                with eval_mode(wrapped), torch.no_grad(): row |= _numbers(evaluate(acc.unwrap_model(wrapped)), row)
+                with eval_mode(wrapped), torch.no_grad(): found = evaluate(acc.unwrap_model(wrapped))
+                row |= _numbers(found, row)
             history.rows.append(row)
             if hasattr(bar, 'set_postfix'): bar.set_postfix(loss=f'{seen:.4g}', refresh=False)
             stop = any([cb(Moment(step + 1, seen, rate, acc.unwrap_model(wrapped), history)) for cb in callbacks])
             if last or stop or checkpoint is not None and (step + 1) % checkpoint_every == 0:
                 for name, p in model.named_parameters():
-                    if p.requires_grad and not p.isfinite().all(): raise NonFiniteLoss(step, seen, rate, norm, spoilt=name)
+                    if p.requires_grad and not p.isfinite().all():
+                        raise NonFiniteLoss(step, seen, rate, norm, spoilt=name)
                 save(step + 1)
             if stop: break
         acc.wait_for_everyone()
-    finally:        # a later fit starts from the peaks again, and another accelerator finds a model that none has prepared
+    finally:    # a later fit starts from the peaks again, and another accelerator finds a model that none has prepared
         for group, peak in zip(optimizer.param_groups, peaks): group['lr'] = peak
         for name in _PREPARED: vars(model).pop(name, None)
         vars(model).update(own)
     return history
-
-_PREPARED = ('forward', '_original_forward', '_is_accelerate_prepared')     # what accelerate leaves in a module
-
-def _check_loss(value: Any):
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        raise ValueError(f'loss: gave {f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__}, wanted one number as a tensor')
-    if not value.requires_grad: raise ValueError('loss: what it gave does not depend on any parameter that is trained')
-
-def _clipped(acc: Any, parameters: Iterable[nn.Parameter], clip: float | None) -> float | None:
-    "Clips the gradients; their norm before that. None where an engine of its own does the clipping and does not say."
-    parameters = list(parameters)
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if clip is None and any(g.is_sparse for g in gradients):        # which torch's own norm does not take
-        return math.sqrt(sum((g.coalesce().values() if g.is_sparse else g).double().square().sum().item() for g in gradients))
-    norm = acc.clip_grad_norm_(parameters, math.inf if clip is None else clip)
-    return None if norm is None else float(norm)
-
-def _put_back(model: nn.Module, buffers: Mapping[str, Tensor]):
-    "Statistics as they were before a step that is not taken."
-    own = dict(model.named_buffers())
-    for name, b in buffers.items():
-        if name in own: own[name].copy_(b)
-
-def _numbers(found: Any, row: Mapping[str, Any]) -> dict[str, float]:
-    "What `evaluate` gave, beside the row's own numbers."
-    if not isinstance(found, Mapping): raise ValueError(f'evaluate: gave {type(found).__name__}, wanted numbers by name')
-    if taken := [name for name in found if name in row]: raise ValueError(f"evaluate: gave {taken[0]!r}, which is the training step's own; call it {f'val_{taken[0]}'!r}, say")
-    try: return {name: float(value) for name, value in found.items()}
-    except (TypeError, ValueError, RuntimeError) as e: raise ValueError(f'evaluate: gave {found}, wanted one number for each name') from e
-
-def _bar(steps: Iterable[int], shown: bool) -> Iterable[int]:
-    "A progress bar, unless the book's runner shows its own."
-    if not shown or 'VITBOOK_RUN' in os.environ: return steps
-    try: from tqdm.auto import tqdm
-    except ImportError: return steps
-    return tqdm(steps, unit='step', leave=False)
