@@ -89,7 +89,7 @@ def gather_keys(x: Shaped[Tensor, 'b h n d'], idx: Int[Tensor, 'r k']) -> Shaped
     if idx.shape[0] == 1: return x.index_select(2, idx[0])
     b, h, n, d = x.shape
     first = torch.arange(b * h, device=x.device)[:, None] * n            # rows of a table: copied whole, faster than gather's number by number
-    return x.reshape(b * h * n, d).index_select(0, (first + idx.repeat_interleave(h, 0)).flatten()).view(b, h, -1, d)
+    return x.reshape(b * h * n, d).index_select(0, (first + idx.repeat_interleave(h, 0)).flatten()).view(b, h, idx.shape[-1], d)
 
 def gather_tokens(x: Float[Tensor, 'b n c'], idx: Int[Tensor, 'r k']) -> Float[Tensor, 'b k c']:
     return gather_keys(x[:, None], idx)[:, 0]
