@@ -441,7 +441,7 @@ class SubsampledAttention(Attention):
                  num_heads: int = 8,
                  sampling: Sampling | None = None,        # default: a quarter of the keys
                  qkv_bias: bool = False, qk_norm: bool = False, proj_bias: bool = True,
-                 attn_drop: float = 0., proj_drop: float = 0., norm_layer: type[nn.Module] = nn.LayerNorm): # as in Attention
+                 attn_drop: float = 0., proj_drop: float = 0., norm_layer: Callable[[int], nn.Module] = nn.LayerNorm): # as in Attention
         super().__init__(dim, num_heads, qkv_bias, qk_norm, proj_bias, attn_drop, proj_drop, norm_layer)
         self.sampling = sampling or Sampling(fraction=.25)
 
