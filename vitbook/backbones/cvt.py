@@ -54,11 +54,12 @@ class ConvEmbed(nn.Module):
                  padding: int | tuple[int, int] = 2,
                  norm_layer: Callable[[int], nn.Module] | None = LayerNorm):  # None: no norm
         super().__init__()
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride, padding)
+        self.shape = pair(patch_size), pair(stride), pair(padding)
+        self.proj = nn.Conv2d(in_chans, embed_dim, *self.shape)
         self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
 
     def forward(self, x: Float[Tensor, 'b i y x']) -> Float[Tensor, 'b c v u']:
-        conv_size(tuple(x.shape[2:]), self.proj.kernel_size, self.proj.stride, self.proj.padding)
+        conv_size(tuple(x.shape[2:]), *self.shape)
         return self.norm(self.proj(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)   # channels last in memory: tokens and map are one block of numbers
 
 # %% ../../nbs/03_backbones/01_cvt.ipynb #f2a3ec3f
@@ -81,7 +82,11 @@ class ConvProjection(nn.Module):
     def forward(self, m: Float[Tensor, 'b c y x']) -> Float[Tensor, 'b c v u']:
         if self.method == 'linear': return m
         conv_size(tuple(m.shape[2:]), *self.shape)
-        return self.avg(m) if self.method == 'avg' else self.bn(self.conv(m))
+        if self.method == 'avg': return self.avg(m)
+        m = self.conv(m)
+        if self.training and m.shape[0] * m.shape[2] * m.shape[3] == 1:
+            raise ValueError('x must give BatchNorm more than one value a channel in training: a larger batch or larger pictures, got a batch of 1 and a map of 1x1')
+        return self.bn(m)
 
     @torch.no_grad()
     def fuse(self):
@@ -346,8 +351,7 @@ class CvT(Backbone):
         self.check_picture(x)
         maps, size = [], tuple(x.shape[2:])
         for i, stage in enumerate(self.stages):
-            p = stage.patch_embed.proj
-            try: size = conv_size(size, p.kernel_size, p.stride, p.padding)
+            try: size = conv_size(size, *stage.patch_embed.shape)
             except ValueError as e: raise ValueError(f'x must be larger than {x.shape[2]}x{x.shape[3]} pixels: in stage {i}, {e}') from None
         for i, stage in enumerate(self.stages):
             t, grid = stage(x, cls_only and i == len(self.stages) - 1)

@@ -90,7 +90,7 @@ def gather_keys(x: Shaped[Tensor, 'b h n d'], idx: Int[Tensor, 'r k']) -> Shaped
     if idx.shape[0] == 1: return x.index_select(2, idx[0])
     b, h, n, d = x.shape
     first = torch.arange(b * h, device=x.device)[:, None] * n            # rows of a table: copied whole, faster than gather's number by number
-    return x.reshape(b * h * n, d).index_select(0, (first + idx.repeat_interleave(h, 0)).flatten()).view(b, h, -1, d)
+    return x.reshape(b * h * n, d).index_select(0, (first + idx.repeat_interleave(h, 0)).flatten()).view(b, h, idx.shape[-1], d)
 
 def gather_tokens(x: Float[Tensor, 'b n c'], idx: Int[Tensor, 'r k']) -> Float[Tensor, 'b k c']:
     return gather_keys(x[:, None], idx)[:, 0]
@@ -442,7 +442,7 @@ class SubsampledAttention(Attention):
                  num_heads: int = 8,
                  sampling: Sampling | None = None,        # default: a quarter of the keys
                  qkv_bias: bool = False, qk_norm: bool = False, proj_bias: bool = True,
-                 attn_drop: float = 0., proj_drop: float = 0., norm_layer: type[nn.Module] = nn.LayerNorm): # as in Attention
+                 attn_drop: float = 0., proj_drop: float = 0., norm_layer: Callable[[int], nn.Module] = nn.LayerNorm): # as in Attention
         super().__init__(dim, num_heads, qkv_bias, qk_norm, proj_bias, attn_drop, proj_drop, norm_layer)
         self.sampling = sampling or Sampling(fraction=.25)
 

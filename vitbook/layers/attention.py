@@ -8,6 +8,7 @@ __all__ = ['BACKENDS', 'allowed_pairs', 'attention_scores', 'masked_softmax', 'n
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #65aaf628
 import functools, math
+from collections.abc import Callable
 from typing import NamedTuple
 import torch
 import torch.nn.functional as F
@@ -235,7 +236,7 @@ class Attention(nn.Module):
                  proj_bias: bool = True,
                  attn_drop: float = 0.,                   # dropout on the weights
                  proj_drop: float = 0.,                   # dropout on the output
-                 norm_layer: type[nn.Module] = nn.LayerNorm): # for qk_norm
+                 norm_layer: Callable[[int], nn.Module] = nn.LayerNorm): # for qk_norm
         super().__init__()
         if dim % num_heads: raise ValueError(f'num_heads must divide dim={dim}, got {num_heads}')
         self.num_heads, self.head_dim = num_heads, dim // num_heads

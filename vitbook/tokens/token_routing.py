@@ -468,7 +468,7 @@ def gathered_grid(router: Any,                          # TokenRouter
                   early_stop: bool = True,
                  ) -> tuple[list[Tensor], list[list[Tensor]], list[list[Tensor]], list[list[Tensor]], Int[Tensor, 'b i']]: # maps, row gates, column gates, reached, stop
     "The same grid, row by row, computing open edges only; the early stop is a reconstruction from one sentence of the abstract."
-    N, M, b = len(router.strides), router.num_stages, start.shape[0]
+    N, M, b = len(router.strides), router.num_stages, len(start)
     wide = torch.float64 if start.dtype == torch.float64 else torch.float32
     zeros = lambda *shape: torch.zeros(*shape, dtype=wide, device=start.device)
     maps, G, g, seen = [], [[] for _ in range(N)], [[] for _ in range(N - 1)], [[] for _ in range(N)]
@@ -708,7 +708,7 @@ class TokenRouter(RoutingGrid):
         if [len(c) for c in col] != [M + 1] * (N - 1): raise ValueError(f'col must hold {N - 1} lists of {M + 1} gates, got lists of {[len(c) for c in col]}')
         if form == 'auto': form = self.train_form if self.training else 'gathered'
         if torch.compiler.is_compiling(): form = 'dense'
-        grids = [self.grid_of(tuple(x.shape[2:]), i) for i in range(N)]
+        grids = [self.grid_of(pair(tuple(x.shape[2:])), i) for i in range(N)]
         start = self.embed(x)
         maps, G, g, reached, stop = gathered_grid(self, start, grids, row, col, shift, early_stop) if form == 'gathered' else dense_grid(self, start, grids, row, col, shift, form == 'mixed')
         costs = self.costs(tuple(x.shape[2:]))
