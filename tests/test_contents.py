@@ -1,4 +1,4 @@
-"""Lists of chapters are made: in step with notebooks, settled after a merge; a new chapter is laid out whole."""
+"""Lists of chapters are made, in step with notebooks, settled after a merge; a new chapter is laid out."""
 import hashlib, importlib.util, io, json, os, re, shutil, subprocess, sys
 from pathlib import Path
 
@@ -18,10 +18,10 @@ each = pytest.mark.parametrize('notebook', chapters(), ids=lambda notebook: note
 def small_repo(target):
     "A checkout with two chapters and all made lists, under git, in which `make` has this environment."
     shutil.copytree(ROOT/'nbs'/'_site', target/'nbs'/'_site', ignore=shutil.ignore_patterns('__pycache__'))
-    names = ('settings.ini', 'pyproject.toml', 'setup.py', 'Makefile', 'README.md', '_quarto.yml', 'CHANGELOG.md',
-             '.gitattributes', '.gitignore', 'data/parts.json', 'data/scoreboard/hornet.json', 'vitbook/__init__.py',
-             'nbs/index.ipynb', 'nbs/reference.ipynb', 'nbs/scoreboard.ipynb', 'nbs/02_mixers/04_hornet.ipynb',
-             'nbs/03_backbones/01_cvt.ipynb')
+    names = ('settings.ini', 'pyproject.toml', 'setup.py', 'Makefile', 'README.md', '_quarto.yml',
+             'CHANGELOG.md', '.gitattributes', '.gitignore', 'data/parts.json', 'data/scoreboard/hornet.json',
+             'vitbook/__init__.py', 'nbs/index.ipynb', 'nbs/reference.ipynb', 'nbs/scoreboard.ipynb',
+             'nbs/02_mixers/04_hornet.ipynb', 'nbs/03_backbones/01_cvt.ipynb')
     for name in names:
         (target/name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT/name, target/name)
@@ -42,7 +42,8 @@ def git(folder, *words, check=True):
 
 def make(folder, *words):
     "`make` without installing anything."
-    return run('make', '-o', '.venv/.dev', '-o', '.venv/constraints.txt', *words, cwd=folder, PYTHONPATH=str(ROOT))
+    old = ('-o', '.venv/.dev', '-o', '.venv/constraints.txt')
+    return run('make', *old, *words, cwd=folder, PYTHONPATH=str(ROOT))
 
 
 def commit(folder, message):
@@ -51,7 +52,7 @@ def commit(folder, message):
 
 
 def add_chapter(folder, slug):
-    "What a branch does that adds a chapter: its files, its records, a line of the change log, and `make export`."
+    "What a branch does that adds a chapter: files, records, a line of the change log, `make export`."
     git(folder, 'checkout', '-q', '-b', slug, 'main')
     make(folder, 'chapter', f'SLUG={slug}')
     record = dict(chapter=slug, claim='a claim', ours=1, paper='', unit='', note='',
@@ -68,7 +69,8 @@ def test_the_table_of_parts():
     assert [part['number'] for part in PARTS] == list(range(11))
     assert all(part['folder'] == f"{part['number']:02}_{part['slug']}" for part in PARTS)
     planned = [chapter for part in PARTS for chapter in part['chapters']]
-    for key in ('slug', 'title', 'arxiv'): assert len({chapter[key] for chapter in planned}) == 67 == len(planned), key
+    assert len(planned) == 67
+    for key in ('slug', 'title', 'arxiv'): assert len({chapter[key] for chapter in planned}) == 67, key
     assert all(re.fullmatch(r'\d{4}\.\d{4,5}', chapter['arxiv']) for chapter in planned)
     assert all(re.fullmatch(r'[a-z]\w*', chapter['slug']) for chapter in planned)
     assert all(part['title'] and re.fullmatch(r'[A-Z].*\.', part['sentence']) for part in PARTS)
@@ -118,7 +120,12 @@ def test_between_replaces_whatever_stands_there():
     start, end = 'a\n<!-- x: made by make export -->\n', '<!-- x: end -->\nz\n'
     text = f'{start}<<<<<<< HEAD\nold\n=======\nother\n>>>>>>> b\n{end}'
     assert contents.between(text, 'x', ['1', '2']) == f'{start}1\n2\n{end}'
-    cell = '   "source": [\n    "<!-- x: made by make export -->\\n",\n    "old\\n",\n    "<!-- x: end -->"\n   ]\n'
+    cell = '''   "source": [
+    "<!-- x: made by make export -->\\n",
+    "old\\n",
+    "<!-- x: end -->"
+   ]
+'''
     made = json.loads('{' + contents.between(cell, 'x', ['a "b"', r'c\d'], '.ipynb') + '}')['source']
     assert made[1:3] == ['a "b"\n', 'c\\d\n']
     for bad in ('no markers', text + text, text.replace('end', 'gone')):
@@ -134,8 +141,8 @@ def test_a_small_picture_says_what_it_was_made_of():
     assert [card.convert('RGB').getpixel(at) for at in ((0, 0), (108, 70))] == [(255,) * 3, (0,) * 3]
 
 
-@pytest.mark.parametrize('timed, rtol, atol, words', [(True, None, None, 'clock'), (False, .05, None, '5%'),
-                                                      (False, .01, 1e-6, '1% or 1e-6'), (False, 0., 0., 'exact')])
+@pytest.mark.parametrize('timed, rtol, atol, words', [
+    (True, None, None, 'clock'), (False, .05, None, '5%'), (False, .01, 1e-6, '1% or 1e-6'), (False, 0., 0., 'exact')])
 def test_tolerances_in_words(timed, rtol, atol, words):
     assert contents.tolerance(dict(timed=timed, rtol=rtol, atol=atol)) == words
 
@@ -147,7 +154,7 @@ LAID_OUT = ['nbs/02_mixers/05_svt.ipynb', 'tests/chapters/svt/parity.py', 'tests
 
 @pytest.fixture(scope='module')
 def merged(tmp_path_factory):
-    "A repository in which two branches added a chapter each, next to each other in one part, and were merged; what conflicted."
+    "A repository in which two branches added neighbouring chapters and were merged; what conflicted."
     if not shutil.which('git') or not shutil.which('make'): pytest.skip('needs git and make')
     repo = small_repo(tmp_path_factory.mktemp('merged')/'repo')
     assert git(repo, 'status', '--short') == '', 'make export leaves nothing that git does not know'
@@ -185,11 +192,12 @@ def test_a_chapter_is_laid_out_whole(merged):
     assert added == sorted([*LAID_OUT, 'data/scoreboard/svt.json', 'vitbook/mixers/svt.py'])
     changed = set(git(repo, 'diff', '--name-only', '--diff-filter=M', 'main', 'svt').split())
     assert changed == {*contents.LISTS, 'CHANGELOG.md', 'vitbook/_modidx.py'}
-    for name in LAID_OUT: assert not re.search(r'\{\{|TODO|FIXME|XXX', (repo/name).read_text(encoding='utf-8')), name
+    for name in LAID_OUT:
+        assert not re.search(r'\{\{|TODO|FIXME|XXX', (repo/name).read_text(encoding='utf-8')), name
     notebook = Notebook(repo/LAID_OUT[0])
     assert len({cell['id'] for cell in notebook.cells}) == len(notebook.cells)
-    assert notebook.headings() == ['The problem', 'The machine in one picture', 'The mechanism', 'Experiment', 'Play',
-                                   'To remember', 'Exercises', 'In the library']
+    assert notebook.headings() == ['The problem', 'The machine in one picture', 'The mechanism', 'Experiment',
+                                   'Play', 'To remember', 'Exercises', 'In the library']
     own = os.pathsep.join([str(repo), str(ROOT)])
     run(sys.executable, '-c', NEW_AND_OLD, cwd=repo, PYTHONPATH=own)
 

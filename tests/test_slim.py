@@ -1,4 +1,4 @@
-"""see.palette_png and see.slim: lighter pictures that look the same, and nothing else of a notebook touched."""
+"""see.palette_png and see.slim: lighter pictures that look the same; nothing else of a notebook changes."""
 import base64, copy, html, io, json, re
 
 import numpy as np
@@ -22,7 +22,7 @@ def noise(*shape, seed=0): return np.random.default_rng(seed).integers(0, 256, s
 
 
 def gradient(side=96):
-    "More colours than a palette has, a little noisy like a photograph: red along the rows, green along the columns."
+    "More colours than a palette has, a little noisy: red along the rows, green along the columns."
     y, x = np.mgrid[:side, :side] * 240 // (side - 1)
     return np.stack([y, x, np.full_like(x, 128)], -1) + noise(side, side, 3) % 8
 
@@ -49,7 +49,7 @@ def test_many_colours_come_close():
 
 
 def test_a_small_mark_keeps_its_colour():
-    "One pixel of pure blue in a picture of more than 256 other colours: a palette made of what is frequent would lose it."
+    "One pure blue pixel among more than 256 other colours: a palette of what is frequent would lose it."
     array = gradient()
     array[5, 7] = 0, 0, 255
     light = see.palette_png(png(array))
@@ -78,11 +78,13 @@ def test_transparent_grey_and_palette_pictures_stay():
 @pytest.mark.parametrize('lines', [False, True], ids=['string', 'lines'])
 def test_slim_changes_pictures_only(lines):
     picture = png(noise(60, 60, 3) // 64 * 64)
-    broken = '\\\n'.join(re.findall('.{1,76}', chunk(picture)))             # as matplotlib's player breaks its frames
-    page = html.escape(f'frames[0] = "data:image/png;base64,{broken}"\nframes[1] = "data:image/png;base64,{broken}"')
+    broken = '\\\n'.join(re.findall('.{1,76}', chunk(picture)))    # as matplotlib's player breaks its frames
+    frames = (f'frames[{i}] = "data:image/png;base64,{broken}"' for i in range(2))
+    page = html.escape('\n'.join(frames))
     page = f'<iframe title="a" srcdoc="{page}"></iframe>\n<p>data:image/png;base64 is words</p>\n'
-    outputs = [dict(output_type='display_data', data={'image/png': chunk(picture) + '\n', 'text/plain': ['<Figure>']}, metadata={}),
-               dict(output_type='execute_result', data={'text/html': page.splitlines(True) if lines else page}, metadata={}),
+    figure = {'image/png': chunk(picture) + '\n', 'text/plain': ['<Figure>']}
+    outputs = [dict(output_type='display_data', data=figure, metadata={}),
+               dict(output_type='execute_result', data={'text/html': page.splitlines(True) if lines else page}),
                dict(output_type='stream', name='stdout', text=['data:image/png;base64,' + chunk(picture)])]
     prose = dict(cell_type='markdown', source=['![](data:image/png;base64,' + chunk(picture) + ')'])
     nb = dict(cells=[prose, dict(cell_type='code', source=['x'], outputs=outputs)], metadata={})
@@ -114,9 +116,12 @@ def frame(ax, i): ax.plot([0, i])
 def test_a_player_fits_its_frame(width, height, dpi):
     page = see.player(frame, range(3), title='a & b', width=width, height=height, dpi=dpi).data
     inner = html.unescape(re.search(r'srcdoc="([^"]*)"', page)[1])
-    pictures = [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r'data:image/png;base64,([^"]+)"', inner)]
-    assert len(pictures) == 3 and {picture.size for picture in pictures} == {(round(width * dpi), round(height * dpi))}
+    found = re.findall(r'data:image/png;base64,([^"]+)"', inner)
+    pictures = [Image.open(io.BytesIO(base64.b64decode(data))) for data in found]
+    size = round(width * dpi), round(height * dpi)
+    assert [picture.size for picture in pictures] == [size] * 3
     assert {picture.mode for picture in pictures} == {'P'}
     wide, high = (int(re.search(rf'{name}="(\d+)"', page)[1]) for name in ('width', 'height'))
-    assert wide >= max(382, pictures[0].width) and high >= pictures[0].height + 90, 'nine buttons, a slider and three choices'
+    assert wide >= max(382, size[0]), 'nine buttons'
+    assert high >= size[1] + 90, 'a slider, buttons, three choices'
     assert 'title="a &amp; b"' in page and 'max-width' in inner and '<link' not in inner

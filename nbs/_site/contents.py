@@ -1,7 +1,7 @@
 """The lists that are made, never edited: README's table and pictures, sidebar, index, reference, scoreboard.
 
-`data/parts.json` names the parts and, in order, the chapters that are written or planned; everything else comes
-from the notebooks' heads, their first figures, the exported modules and `data/scoreboard`. `make export` writes the
+`data/parts.json` names the parts and, in order, the chapters that are written or planned; all else comes from
+the notebooks' heads, their first figures, the exported modules and `data/scoreboard`. `make export` writes the
 lists between their two marker lines, whatever stands there: a list that git could not merge is settled by it.
 `make chapter SLUG=…` lays out the files of a planned chapter."""
 import ast, base64, hashlib, io, json, re, sys, uuid
@@ -16,7 +16,7 @@ COMMENT = {'.md': '<!-- {} -->', '.ipynb': '<!-- {} -->', '.yml': '# {}'}
 
 
 def parts(root: Path = ROOT) -> list[dict]:
-    "The table of parts, in order: number, folder, slug, title, sentence, and its chapters (slug, title, arxiv)."
+    "The parts in order: number, folder, slug, title, sentence, and their chapters (slug, title, arxiv)."
     return json.loads((root/'data'/'parts.json').read_text(encoding='utf-8'))
 
 
@@ -57,7 +57,7 @@ def small(picture: bytes, mark: str) -> bytes:
 
 
 def gallery(root: Path) -> None:
-    """Write `nbs/_site/gallery/SLUG.png` where a chapter's first figure is another than the one it was made from.
+    """Write `nbs/_site/gallery/SLUG.png` where a chapter's first figure is not the one it was made from.
 
     Pictures without a chapter are removed."""
     from PIL import Image
@@ -121,9 +121,10 @@ def index_gallery(root: Path) -> list[str]:
 
 
 def public_names(path: Path) -> list[tuple[str, bool, str]]:
-    "(name, is it a class, first line of its docstring) of the functions and classes that a module's `__all__` lists."
+    "(name, is it a class, first line of its docstring) of functions and classes in a module's `__all__`."
     tree = ast.parse(path.read_text(encoding='utf-8'))
-    assigned = [n for n in tree.body if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') == '__all__']
+    assigned = [n for n in tree.body
+                if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') == '__all__']
     public = ast.literal_eval(assigned[0].value) if assigned else []
     found = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in public]
     summary = lambda node: (ast.get_docstring(node) or '').split('\n')[0].split(' Source: ')[0]
@@ -137,7 +138,8 @@ def reference(root: Path) -> list[str]:
         path = (root/'vitbook'/facts['module'].replace('.', '/')).with_suffix('.py')
         if facts['module'] in ('', '__init__') or not path.exists(): continue
         lines += ['', f"## vitbook.{facts['module'].removesuffix('.__init__')}", '',
-                  f"[{facts['title']}]({link(chapter, root/'nbs')}): {facts['blurb']}", '', '| name | what |', '|---|---|']
+                  f"[{facts['title']}]({link(chapter, root/'nbs')}): {facts['blurb']}", '',
+                  '| name | what |', '|---|---|']
         for name, is_class, words in public_names(path):
             lines.append(f"| `{name}`{' (class)' if is_class else ''} | {one_line(words)} |")
     return [*lines, '']
@@ -164,8 +166,8 @@ def board(root: Path, folder: Path) -> list[str]:
                  'yes' if r['holds'] else '**no**', r['note']]
         lines.append('| ' + ' | '.join(one_line(str(cell)) for cell in cells) + ' |')
     held = sum(r['holds'] for r in records)
-    total = f'Claims: {len(records)}, of chapters: {len(files)}. Hold here: {held}, do not: {len(records) - held}.'
-    return [*lines, '', total, '']
+    total = f'Claims: {len(records)}, of chapters: {len(files)}. Hold here: {held}, do not: '
+    return [*lines, '', f'{total}{len(records) - held}.', '']
 
 
 def claims(root: Path) -> list[str]: return board(root, root/'data'/'scoreboard')
@@ -180,9 +182,11 @@ LISTS = {'README.md': {'gallery': readme_gallery, 'chapters': readme_chapters},
 
 
 def between(text: str, name: str, lines: list[str], suffix: str = '.md') -> str:
-    "`text` with `lines` between the two marker lines of the list `name`; ValueError unless they stand there once."
-    start, end = (re.escape(COMMENT[suffix].format(f'{name}: {words}')) for words in ('made by make export', 'end'))
-    if suffix == '.ipynb': lines = [f"    {json.dumps(f'{line}{chr(10)}', ensure_ascii=False)}," for line in lines]
+    "`text` with `lines` between the marker lines of the list `name`; ValueError unless they are there once."
+    start, end = (re.escape(COMMENT[suffix].format(f'{name}: {words}'))
+                  for words in ('made by make export', 'end'))
+    if suffix == '.ipynb':
+        lines = [f"    {json.dumps(line + chr(10), ensure_ascii=False)}," for line in lines]
     new = ''.join(f'{line}\n' for line in lines)
     pattern = re.compile(rf'^([^\n]*{start}[^\n]*\n)(.*?)(^[^\n]*{end}[^\n]*)$', re.M | re.S)
     if (times := len(pattern.findall(text))) != 1:
@@ -224,7 +228,7 @@ def lay_out(slug: str, root: Path = ROOT) -> list[Path]:
     planned = {chapter['slug']: (part, number, chapter) for part in parts(root)
                for number, chapter in enumerate(part['chapters'], 1)}
     if slug not in planned:
-        raise ValueError(f'SLUG must be a chapter of data/parts.json, got {slug!r}; write it into its part there first')
+        raise ValueError(f'SLUG must be a chapter that data/parts.json lists, got {slug!r}')
     part, number, chapter = planned[slug]
     def own_id(m): return uuid.uuid5(uuid.NAMESPACE_URL, f'{slug} {m[0]}').hex[:8]
     words = dict(SLUG=slug, PART=part['slug'], TITLE=chapter['title'], ARXIV=chapter['arxiv'])
@@ -245,6 +249,6 @@ def lay_out(slug: str, root: Path = ROOT) -> list[Path]:
 if __name__ == '__main__':
     try:
         if sys.argv[1:2] == ['chapter']:
-            for path in lay_out(sys.argv[2] if len(sys.argv) > 2 else ''): print(f'laid out {path.relative_to(ROOT)}')
+            for path in lay_out(*(sys.argv[2:3] or [''])): print(f'laid out {path.relative_to(ROOT)}')
         else: print('lists:', ', '.join(write_lists()) or 'nothing changed')
     except ValueError as error: sys.exit(f'contents.py: {error}')
