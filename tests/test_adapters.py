@@ -8,8 +8,9 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 from torch.testing import assert_close
 
-from test_api import IMAGE, build, distinct, inputs, loss, tensors
+from test_api import IMAGE, build, distinct, loss, tensors
 from vitbook.layers.norm import RMSNorm
+from vitbook.registry import example_inputs as inputs
 
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d, nn.LayerNorm, nn.BatchNorm1d, nn.BatchNorm2d, RMSNorm)
 models, pictures = pytest.mark.parametrize('name', distinct()), pytest.mark.parametrize('name', [name for name in distinct() if name in IMAGE])
