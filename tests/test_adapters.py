@@ -17,13 +17,15 @@ models, pictures = pytest.mark.parametrize('name', distinct()), pytest.mark.para
 
 
 class Adapter(nn.Module):
-    "What an adapter library puts in a layer's place: the layer's weight and bias can be read, but what is added stands in `forward`."
+    "What an adapter library puts in a layer's place: the layer's weight, bias and widths can be read, but what is added stands in `forward`."
     def __init__(self, base):
         super().__init__()
         self.base, self.gain = base, nn.Parameter(torch.ones(()))
 
     weight = property(lambda self: self.base.weight)
     bias = property(lambda self: self.base.bias)
+    in_features = property(lambda self: self.base.in_features)
+    out_features = property(lambda self: self.base.out_features)
     def forward(self, x): return self.base(x) * self.gain
 
 
