@@ -206,8 +206,8 @@ def first_cells(root: Path) -> list[str]:
 
 
 def write_lists(root: Path = ROOT) -> list[str]:
-    "Bring every first cell and every list up to date; the files that changed."
-    changed = first_cells(root)
+    "Bring every list and every first cell up to date, lists first: what git could not merge is no notebook before."
+    changed = []
     gallery(root)
     for name, lists in LISTS.items():
         path = root/name
@@ -216,7 +216,7 @@ def write_lists(root: Path = ROOT) -> list[str]:
         if new == old: continue
         write_whole(path, new)
         changed.append(name)
-    return changed
+    return changed + first_cells(root)
 
 
 # ---- a new chapter

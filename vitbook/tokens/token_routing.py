@@ -540,8 +540,7 @@ class RoutingGrid(LearnedGrid, nn.Module):
         N, M = len(embed_dims), num_stages
         for name, given in dict(depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios).items():
             if len(given) != N: raise ValueError(f'{name} must have one entry for each of the {N} embed_dims, got {len(given)}')
-        if N < 1: raise ValueError('embed_dims must name at least one scale, got none')
-        if M < 1: raise ValueError(f'num_stages must be at least 1, got {M}')
+        if N < 1 or M < 1: raise ValueError(f'num_stages must be at least 1, got {M}' if N else 'embed_dims must name at least one scale, got none')
         if block not in ('pyramid', 'plain'): raise ValueError(f"block must be 'pyramid' or 'plain', got {block!r}")
         if train_form not in ('dense', 'mixed'): raise ValueError(f"train_form must be 'dense' or 'mixed', got {train_form!r}")
         if linear and block == 'plain': raise ValueError("linear is an option of block='pyramid' only")
