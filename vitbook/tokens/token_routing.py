@@ -476,7 +476,7 @@ def gathered_grid(router: Any,                          # TokenRouter
     incoming = [None] * (M + 1)                       # from the row above: which images, and their tokens
     for i, grid in enumerate(grids):
         x = start if i == 0 else start.new_zeros(b, math.prod(grid), router.embed_dims[i])
-        reached, passed, sent, arriving = zeros(b) + (i == 0), zeros(b), [None] * (M + 1), zeros(b, M + 1)
+        reached, passed, sent, arriving = zeros(b) + float(i == 0), zeros(b), [None] * (M + 1), zeros(b, M + 1)
         for j, came in enumerate(incoming):
             if came is not None: arriving[came[0], j] = 1
         final = False                                 # all maps of this row are done
