@@ -661,7 +661,8 @@ class Run:
                 if chapter.path.read_bytes() != raw:
                     edited = 'the notebook was edited while it ran, so its outputs were not written'
                     return self.fail(Result(chapter, 'failed', result.seconds, result.peak_mb, edited))
-                as_saved = json.loads(text := canonical(nb))
+                from vitbook.see import slim
+                as_saved = json.loads(text := canonical(await asyncio.to_thread(slim, nb)))
                 write_whole(chapter.path, text)
             trace = lock.read_trace(Path(folder)/'trace'/'trace', self.root, self.records)
         kept = [*records, *(f'long/{name}' for name in [f'{chapter.slug}.json'] if (self.records/'long'/name).is_file())]
