@@ -1,5 +1,5 @@
 """What a check runs of the book: everything that the lock does not vouch for, and a sample of the rest."""
-import functools, subprocess
+import functools, subprocess, zlib
 
 from tools import ROOT, notebooks
 from vitbook import lock
@@ -18,7 +18,7 @@ def commit():
 class Plan:
     "`stale`: label -> why; `drawn`: the sample; `todo`: what is run. With `everything` all is drawn."
 
-    def __init__(self, everything=False, seed=None):
+    def __init__(self, everything=False, seed=None, shard=''):
         self.everything, self.stale = everything, unvouched(ROOT)
         seconds = {self.label(n): n.meta.get('vitbook', {}).get('seconds') or 60. for n in notebooks()}
         self.stale_seconds = sum(seconds[label] for label in self.stale)
@@ -27,6 +27,10 @@ class Plan:
         self.drawn = sorted(rest) if everything else lock.draw(rest, seed or commit(), left)
         fits = everything or self.stale_seconds <= BUDGET
         self.todo = [*(self.stale if fits else ()), *self.drawn]
+        if shard:
+            k, n = map(int, shard.split('/'))
+            self.todo = [label for label in self.todo if zlib.crc32(label.encode()) % n == k - 1]
+            self.drawn = [label for label in self.drawn if label in self.todo]
         self.slugs = {label.rpartition('/')[2] for label in self.todo}
 
     @staticmethod

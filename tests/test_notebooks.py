@@ -15,7 +15,7 @@ RUN = [sys.executable, '-c', 'import sys; from vitbook.cli import main; sys.exit
 
 
 @pytest.fixture(scope='module')
-def plan(request): return Plan(everything=request.config.getoption('--all'))
+def plan(request): return Plan(everything=request.config.getoption('--all'), shard=request.config.getoption('--shard'))
 
 
 @pytest.fixture(scope='module')
@@ -168,7 +168,7 @@ def test_claims_are_found_in_programs():
 
 
 def test_the_scoreboard_comes_out_again(book):
-    committed, fresh = records(ROOT/'data'/'scoreboard'), records(book[0]/'data'/'scoreboard')
+    committed, fresh = records(ROOT/'data'/'scoreboard'), records(book[0]/'data'/'scoreboard')      # of what was not run, the copy holds the committed ones
     assert not list(differences(committed, fresh))
     slugs = {notebook.slug for notebook in notebooks()}
     long = records(ROOT/'data'/'scoreboard'/'long')                      # of cells that an ordinary run leaves out: their chapters and claims must still be there
