@@ -27,7 +27,7 @@ setup(
                  'Topic :: Scientific/Engineering :: Artificial Intelligence',
                  *(f'Programming Language :: Python :: 3.{v}' for v in range(minor, 14))],
     packages=[*find_packages(include=['vitbook', 'vitbook.*']), 'vitbook._data'],
-    package_dir={'vitbook._data': 'data'}, package_data={'vitbook._data': ['*.json', 'files/*', 'scoreboard/*.json', 'scoreboard/long/*.json']},
+    package_dir={'vitbook._data': 'data'}, package_data={'vitbook': ['py.typed'], 'vitbook._data': ['*.json', 'files/*', 'scoreboard/*.json', 'scoreboard/long/*.json']},
     install_requires=list(words('requirements')), extras_require=extras,
     entry_points={'console_scripts': cfg['console_scripts'].split()},
     zip_safe=False,

@@ -164,6 +164,19 @@ def test_feature_maps(name):
 
 
 @picture
+def test_gradients_of_feature_maps(name):
+    "Every parameter of `features_only` that is not frozen gets a gradient, whichever maps are asked for: so it trains in several processes."
+    small, (x,) = INFO[name].example, example_inputs(name)
+    if not hasattr(build(name), 'feature_maps'): pytest.skip(f'{name} offers no maps')
+    levels = len(create_model(name, features_only=True, **small).levels)
+    for chosen in (None, *([i] for i in range(levels))):
+        maps = create_model(name, features_only=True, out_indices=chosen, **small).train()
+        sum((m * torch.randn_like(m)).sum() for m in maps(x)).backward()
+        wrong = [k for k, p in maps.named_parameters() if p.requires_grad == (p.grad is None)]
+        assert not wrong and any(p.requires_grad for p in maps.parameters()), (chosen, wrong)
+
+
+@picture
 @pytest.mark.parametrize('chans', [1, 4])
 def test_channels(name, chans):
     size = INFO[name].input_shape[1:]

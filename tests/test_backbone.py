@@ -8,7 +8,7 @@ from torch import nn
 
 import vitbook
 from sheets import sheets
-from vitbook.backbone import load_checkpoint, read_weights
+from vitbook.backbone import FeatureMaps, Level, load_checkpoint, read_weights
 from vitbook.backbones.crossformer import CrossFormer
 from vitbook.backbones.cvt import CvT
 from vitbook.backbones.tnt import TNT
@@ -122,6 +122,45 @@ def test_head_for_another_task(sheet, tmp_path):
     load_checkpoint(m, tmp_path/'x.pth', skip='head.*')
     same = model(sheet).state_dict()
     assert torch.equal(m.head.weight, head) and all(torch.equal(v, same[k]) for k, v in m.state_dict().items() if not k.startswith('head.'))
+
+
+@each
+def test_published_weights_give_maps(sheet, tmp_path):
+    "The classifier's file, under official names and under ours, and the file that the maps themselves save."
+    want, x = model(sheet).eval(), SHEETS[sheet].inputs()['x']
+    torch.save({'model': official(sheet)}, tmp_path/'official.pth')
+    torch.save(want.state_dict(), tmp_path/'ours.pth')
+    torch.save(FeatureMaps(model(sheet)).state_dict(), tmp_path/'maps.pth')
+    for file in ('official', 'ours', 'maps'):
+        maps = FeatureMaps(model(sheet), out_indices=[0, -1]).eval()
+        with torch.no_grad():
+            for p in maps.parameters(): p.zero_()
+            assert load_checkpoint(maps, tmp_path/f'{file}.pth') is maps
+            for a, b in zip(maps(x), (want.feature_maps(x)[0], want.feature_maps(x)[-1])): assert torch.equal(a, b), file
+    torch.save({k: v for k, v in want.state_dict().items() if not k.startswith('norm.')}, tmp_path/'less.pth')
+    if 'norm.weight' in want.state_dict():
+        with pytest.raises(ValueError, match='norm.weight'): load_checkpoint(maps, tmp_path/'less.pth')
+
+
+def test_maps_of_a_vit_at_another_size(tmp_path):
+    "Positions are interpolated, the head is left out, from timm's names."
+    small = dict(patch_size=8, embed_dim=24, depth=2, num_heads=3)
+    torch.save(vitbook.create_model('vit_tiny_patch16_224', img_size=32, **small).state_dict(), tmp_path/'vit.pth')
+    maps = load_checkpoint(vitbook.create_model('vit_tiny_patch16_224', features_only=True, img_size=64, **small).eval(), tmp_path/'vit.pth')
+    want = load_checkpoint(vitbook.create_model('vit_tiny_patch16_224', img_size=64, **small).eval(), tmp_path/'vit.pth')
+    x = torch.rand(1, 3, 64, 64)
+    for a, b in zip(maps(x), want.feature_maps(x), strict=True): assert torch.equal(a, b)
+
+
+def test_maps_of_a_model_that_cannot_run_on_meta():
+    "What its maps need cannot be told, so all of it stays trainable; nothing is broken."
+    class Counts(nn.Module):
+        levels, in_chans = (Level(4, 1),), 3
+        def __init__(self): super().__init__(); self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.LayerNorm(4)
+        def reset_classifier(self, n): pass
+        def feature_maps(self, x): return [self.conv(x) * (1 if x.sum() > 0 else 2)]
+    maps = FeatureMaps(Counts())
+    assert all(p.requires_grad for p in maps.parameters()) and maps(torch.rand(1, 3, 4, 4))[0].shape == (1, 4, 4, 4)
 
 
 @pytest.mark.parametrize('sheet, other', zip(CASES, [*CASES][1:] + [*CASES][:1]))

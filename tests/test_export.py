@@ -1,5 +1,5 @@
 """The library is what the notebooks export, the notebooks are clean, and imports go down only."""
-import ast, filecmp, re, sys
+import ast, filecmp, importlib, re, sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +59,7 @@ def floor(name):
 def wrong_imports(name, source, package):
     "Sentences about imports in `source`, a module called `name`, that go up or sideways."
     own, chapter = floor(name)
+    if name == 'vitbook': own = 4           # what the package offers by name it imports when asked: `test_import_is_quick`
     for target, line, _, _ in imports(ast.parse(source), package):
         if target.split('.')[0] != 'vitbook': continue
         if target == 'vitbook.*': yield f'{name}:{line} imports everything from vitbook'; continue
@@ -116,6 +117,40 @@ main(['models', 'vit_*'])
 print(took, *({'torch', 'numpy'} & set(sys.modules)))"""
     seconds, *brought = run(sys.executable, '-c', program, PYTHONPATH=str(ROOT)).stdout.splitlines()[-1].split()
     assert float(seconds) <= .5 and not brought, (seconds, brought)
+
+
+def test_names_of_the_package():
+    "In a fresh interpreter every module and part is there after `import vitbook`, as are a module of a part and the docstring; a typo is no attribute."
+    program = """import vitbook
+assert vitbook.__doc__.startswith('A workbook on vision Transformers'), vitbook.__doc__
+names = [n for n in dir(vitbook) if not n.startswith('_')]
+print(*(n for n in names if getattr(vitbook, n) is not None))
+print(vitbook.layers.attention.attention.__name__, vitbook.tokens.token_routing.routed.__name__)
+for at, name in (vitbook, 'atention'), (vitbook, '_missing'), (vitbook.layers, 'atention'):
+    try: getattr(at, name)
+    except AttributeError as e: assert f'{at.__name__!r} has no attribute {name!r}' in str(e), e
+    else: raise AssertionError(name)"""
+    names, parts = run(sys.executable, '-c', program, PYTHONPATH=str(ROOT)).stdout.splitlines()
+    ours = {dotted(path).split('.')[1] for path in modules() if path != ROOT/'vitbook'/'__init__.py'}
+    assert ours | {'create_model', 'list_models', 'load_checkpoint', 'model_info'} <= set(names.split()) and parts == 'attention routed'
+    lazy = {path.parent.name for path in (ROOT/'vitbook').glob('*/__init__.py') if not exported(path)}
+    assert all(f"'{name}'" in (ROOT/'vitbook'/'__init__.py').read_text(encoding='utf-8') for name in lazy), 'a package whose modules are not found after `import vitbook`'
+
+
+def test_types_are_told():
+    "The mark is there, overloads say what comes back, and type checkers are told of the names that `vitbook` finds when asked."
+    assert (ROOT/'vitbook'/'py.typed').is_file()
+    def returns(module, name):
+        tree = ast.parse((ROOT/'vitbook'/module).read_text(encoding='utf-8'))
+        return [ast.unparse(f.returns) for f in tree.body if isinstance(f, ast.FunctionDef) and f.name == name and [ast.unparse(d) for d in f.decorator_list] == ['overload']]
+    assert [('Tensor' in r, 'Attended' in r) for r in returns('layers/attention.py', 'attention')] == [(True, False), (False, True), (False, True), (True, True)]
+    assert returns('registry.py', 'create_model') == ["'FeatureMaps'", 'nn.Module', 'nn.Module']
+    tree = ast.parse((ROOT/'vitbook'/'__init__.py').read_text(encoding='utf-8'))
+    block, = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == 'TYPE_CHECKING')
+    told = {alias.name: node.module for node in block.body for alias in node.names}
+    import vitbook
+    assert {name for name, module in told.items() if module} == set(vitbook.__all__)
+    for name, module in told.items(): assert getattr(vitbook, name) is getattr(importlib.import_module(f'vitbook.{module}'), name) if module else importlib.import_module(f'vitbook.{name}')
 
 
 def test_mechanisms_need_only_the_few(bare):

@@ -150,3 +150,25 @@ def test_recording_under_autocast():
     assert torch.equal(plain, watched) and full.weights[0].dtype == full.entropy[0].dtype == short.entropy[0].dtype == torch.float32
     assert_close(full.weights[0].sum(-1), torch.ones(2, 3, 9), atol=1e-6, rtol=0)
     assert_close(full.entropy[0], short.entropy[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['ViTForImageClassification', 'DeiTForImageClassification'])
+def test_row_gates_before_their_blocks(kind):
+    "Open gates change nothing; gates that differ leave shut tokens as they are, and get gradients in training."
+    from vitbook.tokens.token_routing import RoutedBlock, routed, watched
+    model, x = theirs(kind), pixels()
+    want = model(x).logits
+    path = next(name for name, m in model.named_modules() if isinstance(m, torch.nn.ModuleList))
+    with pytest.raises(ValueError, match=f"such as .'{path}'"): routed(model)
+    with pytest.raises(ValueError, match='num_prefix'): routed(model, blocks=path)
+    assert not any(isinstance(m, RoutedBlock) for m in model.modules())
+    routed(model, blocks=path, num_prefix=1 if kind.startswith('ViT') else 2)
+    assert_close(model(x).logits, want, atol=1e-5, rtol=1e-5)
+    gates = [m.gate for m in model.modules() if isinstance(m, RoutedBlock)]
+    assert len(gates) == SIZES['num_hidden_layers'] - 1
+    for gate in gates: gate.weight.data.normal_(); gate.bias.data.zero_(); gate.weight_hat.copy_(gate.weight); gate.bias_hat.zero_()
+    with watched(model) as seen: out = model(x).logits
+    assert all(0 < g.mean() < 1 and g.shape == (2, 16) for g in seen) and (out - want).abs().max() > 1e-3
+    with watched(model.train()) as seen: out = model(x).logits
+    (out.square().sum() + sum(g.mean() for g in seen)).backward()          # the task alone asks nothing of the last gate: the class token is read
+    assert all(gate.weight.grad.abs().max() > 0 for gate in gates)

@@ -22,7 +22,7 @@ def test_names_and_contents(built):
     assert wheel.name == f'vitbook-{version}-py3-none-any.whl' and sdist.name == f'vitbook-{version}.tar.gz'
     inside = set(zipfile.ZipFile(wheel).namelist())
     assert {f'{dotted(path).replace(".", "/")}.py' if path.name != '__init__.py' else str(path.relative_to(ROOT)) for path in modules()} <= inside, 'a module is missing'
-    assert {'vitbook/_data/manifest.json', 'vitbook/_models.py', 'vitbook/_data/scoreboard/histoformer.json', 'vitbook/_data/scoreboard/long/histoformer.json'} <= inside
+    assert {'vitbook/py.typed', 'vitbook/_data/manifest.json', 'vitbook/_models.py', 'vitbook/_data/scoreboard/histoformer.json', 'vitbook/_data/scoreboard/long/histoformer.json'} <= inside
     assert not [name for name in inside if name.endswith('.ipynb') or 'tests/' in name or 'nbs/' in name or '__pycache__' in name or '/downloads/' in name]
     assert {name.split('/')[0] for name in inside} == {'vitbook', f'vitbook-{version}.dist-info'}
     assert sum(info.file_size for info in zipfile.ZipFile(wheel).infolist()) < 5e6, 'the wheel is for code and small files'

@@ -7,14 +7,31 @@ __version__ = "0.1.0"
 __all__ = ['create_model', 'list_models', 'load_checkpoint', 'model_info']
 
 # %% ../nbs/index.ipynb #827e5cb2
-import importlib
+import functools, importlib, importlib.util, pkgutil
+from typing import TYPE_CHECKING
 
+if TYPE_CHECKING:   # what `__getattr__` finds, said to editors and type checkers
+    from . import backbone as backbone, bench as bench, data as data, dynamics as dynamics, flow as flow, kernels as kernels
+    from . import lab as lab, layers as layers, measure as measure, registry as registry, see as see, train as train, vit as vit
+    from .backbone import load_checkpoint
+    from .registry import create_model, list_models, model_info
+
+__doc__ = "A workbook on vision Transformers that is also a library: each paper built step by step, proven by tests, and exported as code to use."
 _all_ = ['create_model', 'list_models', 'load_checkpoint', 'model_info']
 _homes = dict(create_model='vitbook.registry', list_models='vitbook.registry', load_checkpoint='vitbook.backbone', model_info='vitbook.registry')
 
-def __getattr__(name: str):
-    "The registry's functions, imported when first asked for: `import vitbook` alone costs next to nothing."
-    if name not in _homes: raise AttributeError(f"module 'vitbook' has no attribute {name!r}")
-    return getattr(importlib.import_module(_homes[name]), name)
+def _module(package: str, name: str):
+    "The module `package.name`, imported when first asked for."
+    full = f'{package}.{name}'
+    if name.startswith('_') or importlib.util.find_spec(full) is None: raise AttributeError(f'module {package!r} has no attribute {name!r}')
+    return importlib.import_module(full)
 
-def __dir__(): return sorted([*globals(), *_homes])
+for _package in ('kernels', 'layers', 'dynamics', 'mixers', 'backbones', 'tokens', 'detection', 'restoration', 'sequences', 'generation', 'multimodal'):
+    _package = importlib.import_module(f'vitbook.{_package}')     # empty, but for the modules in it
+    _package.__getattr__ = functools.partial(_module, _package.__name__)
+
+def __getattr__(name: str):
+    "The registry's functions and the modules, imported when first asked for: `import vitbook` alone costs next to nothing."
+    return getattr(importlib.import_module(_homes[name]), name) if name in _homes else _module(__name__, name)
+
+def __dir__(): return sorted({*globals(), *_homes, *(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith('_'))})

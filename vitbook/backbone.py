@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from .layers.embed import pair
 from .registry import load_weights
 
 # %% ../nbs/00_foundations/16_backbones.ipynb #05913174
@@ -132,9 +133,12 @@ def load_checkpoint(model: nn.Module,
 
 # %% ../nbs/00_foundations/16_backbones.ipynb #5723350d
 class FeatureMaps(nn.Module):
-    "A backbone without its head: pictures to a list of maps, whose channels and strides are in `levels`."
+    """A backbone without its head: pictures to a list of maps, whose channels and strides are in `levels`. Checkpoints of the whole model load, their head is left out.
+
+    Parameters that no map depends on (a norm before the head, stages after the last map asked for) are frozen, so that each of the others gets a gradient, as `DistributedDataParallel` wants it.
+    They are found by a pass on the meta device, without memory or numbers; a model that cannot run there keeps all of them trainable."""
     def __init__(self,
-                 model: Backbone,
+                 model: nn.Module,                          # a Backbone, or another with `feature_maps`, `levels`, `in_chans`, `reset_classifier`
                  out_indices: Sequence[int] | None = None): # which of the model's levels, negative ones from the last; None: all
         super().__init__()
         if not hasattr(model, 'feature_maps'): raise ValueError(f'model must offer feature_maps and levels, {type(model).__name__} does not')
@@ -145,11 +149,44 @@ class FeatureMaps(nn.Module):
         self.levels = tuple(model.levels[i] for i in self.out_indices)
         model.reset_classifier(0)
         self.model = model
+        for p in self._unused(): p.requires_grad_(False)
+
+    def _unused(self) -> list[nn.Parameter]:
+        "The parameters that none of the maps depends on."
+        size = pair(getattr(self.model, 'img_size', None) or 8 * max(l.stride for l in self.model.levels))
+        ghost = lambda t, **how: torch.empty_like(t, device='meta', **how)
+        given = {k: ghost(p, requires_grad=True) for k, p in self.named_parameters()}
+        dtype = next((p.dtype for p in given.values()), torch.float32)
+        try:
+            with torch.enable_grad():
+                x = torch.empty(2, self.model.in_chans, *size, device='meta', dtype=dtype)
+                maps = torch.func.functional_call(self, given | {k: ghost(b) for k, b in self.named_buffers()}, (x,))
+                reached = torch.autograd.grad([m.sum() for m in maps], list(given.values()), allow_unused=True)
+        except (RuntimeError, TypeError, ValueError): return []      # NotImplementedError, which meta tensors raise, is a RuntimeError
+        return [p for (_, p), g in zip(self.named_parameters(), reached) if g is None]
 
     @property
-    def channels(self) -> list[int]: return [l.channels for l in self.levels]
+    def channels(self) -> list[int]:
+        "Of each map."
+        return [l.channels for l in self.levels]
+
     @property
-    def strides(self) -> list[int]: return [l.stride for l in self.levels]
+    def strides(self) -> list[int]:
+        "Pixels of the picture to a cell of each map, along each side."
+        return [l.stride for l in self.levels]
+
+    def official_names(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "Entries of the whole model, under its own names or the official ones, as entries of this; without those of its head."
+        own = self.model.state_dict()
+        headless = lambda entries: {k: v for k, v in entries.items() if k in own or not k.startswith('head')}
+        found = headless(state_dict)
+        if not set(found) <= set(own) and hasattr(self.model, 'official_names'): found = headless(self.model.official_names(state_dict))
+        return {f'model.{k}': v for k, v in found.items()}
+
+    def resized(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "What depends on the picture's size, interpolated by the model."
+        inner = {k.removeprefix('model.'): v for k, v in state_dict.items()}
+        return {f'model.{k}': v for k, v in (self.model.resized(inner) if hasattr(self.model, 'resized') else inner).items()}
 
     def forward(self, x: Float[Tensor, 'b i y x']) -> list[Float[Tensor, 'b _ _ _']]:
         maps = self.model.feature_maps(x)

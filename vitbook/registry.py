@@ -10,9 +10,10 @@ __all__ = ['PARTS', 'Entry', 'register_model', 'did_you_mean', 'model_arguments'
 import copy, difflib, fnmatch, functools, importlib.util, inspect, pprint
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
 from torch import Tensor, nn
+if TYPE_CHECKING: from vitbook.backbone import FeatureMaps
 
 # %% ../nbs/00_foundations/08_registry.ipynb #1e6b63e5
 class Entry(NamedTuple):
@@ -110,6 +111,18 @@ def _entry(name: str) -> Entry:
         raise ValueError(f'no model is named {name!r}{did_you_mean(name, list_models())}')
     return _entries[name]
 
+# %% ../nbs/00_foundations/08_registry.ipynb #42f7f233
+@overload   # for editors and type checkers: maps with `features_only`, else the model
+def create_model(name: str, *, features_only: Literal[True], out_indices: Sequence[int] | None = None,
+                 **arguments: Any) -> 'FeatureMaps': ...
+@overload
+def create_model(name: str, *, features_only: Literal[False] = False, out_indices: None = None,
+                 **arguments: Any) -> nn.Module: ...
+@overload
+def create_model(name: str, *, features_only: bool, out_indices: Sequence[int] | None = None,
+                 **arguments: Any) -> nn.Module: ...
+
+# %% ../nbs/00_foundations/08_registry.ipynb #f88a3278
 def create_model(name: str,                   # one of `list_models()`
                  *,
                  features_only: bool = False, # instead of class scores a list of maps, see `vitbook.backbone.FeatureMaps`

@@ -9,7 +9,7 @@ __all__ = ['BACKENDS', 'allowed_pairs', 'attention_scores', 'masked_softmax', 'n
 # %% ../../nbs/00_foundations/03_attention.ipynb #65aaf628
 import functools, math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -170,6 +170,29 @@ def _wanted(q, k, v, bias, mask, causal, dropout_p, return_weights, return_entro
     return dict(bias=bias is not None, mask=mask is not None, causal=causal, dropout=dropout_p > 0, weights=return_weights, entropy=return_entropy,
                 head_dim_differs=v.shape[-1] != k.shape[-1], uneven=causal and q.shape[2] != k.shape[2], width=max(k.shape[-1], v.shape[-1]), dtype=q.dtype,
                 grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias)))
+
+# %% ../../nbs/00_foundations/03_attention.ipynb #6662bcad
+# For editors and type checkers: a tensor, or `Attended` where weights or entropy are asked for.
+@overload
+def attention(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g m d'], v: Float[Tensor, 'b g m e'], *,
+              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None, causal: bool = False,
+              scale: float | None = None, dropout_p: float = 0., backend: str = 'auto',
+              return_weights: Literal[False] = False, return_entropy: Literal[False] = False) -> Float[Tensor, 'b h n e']: ...
+@overload
+def attention(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g m d'], v: Float[Tensor, 'b g m e'], *,
+              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None, causal: bool = False,
+              scale: float | None = None, dropout_p: float = 0., backend: str = 'auto',
+              return_weights: Literal[True], return_entropy: bool = False) -> Attended: ...
+@overload
+def attention(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g m d'], v: Float[Tensor, 'b g m e'], *,
+              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None, causal: bool = False,
+              scale: float | None = None, dropout_p: float = 0., backend: str = 'auto',
+              return_weights: bool = False, return_entropy: Literal[True]) -> Attended: ...
+@overload
+def attention(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g m d'], v: Float[Tensor, 'b g m e'], *,
+              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None, causal: bool = False,
+              scale: float | None = None, dropout_p: float = 0., backend: str = 'auto',
+              return_weights: bool = False, return_entropy: bool = False) -> Float[Tensor, 'b h n e'] | Attended: ...
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #53c70040
 def attention(q: Float[Tensor, 'b h n d'],

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from ..backbone import Level
 from ..layers.attention import attention, attention_scores, masked_softmax
 from ..layers.block import Block, DropPath, drop_path_rates
 from ..layers.conv import DepthwiseConv2d, map_to_tokens, tokens_to_map
@@ -761,6 +762,7 @@ class Pyramid(nn.Module):
         for name, given in dict(depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, sr_ratios=sr_ratios).items():
             if len(given) != N: raise ValueError(f'{name} must have one entry for each of the {N} embed_dims, got {len(given)}')
         self.in_chans, self.embed_dims, self.num_features, self.head_hidden_size = in_chans, tuple(embed_dims), embed_dims[-1], embed_dims[-1]
+        self.levels = tuple(Level(d, 4 * 2 ** i) for i, d in enumerate(embed_dims))
         rates = iter(drop_path_rates(drop_path_rate, sum(depths)))
         for i, d in enumerate(embed_dims):
             setattr(self, f'patch_embed{i + 1}', OverlapEmbed(embed_dims[i - 1], d, 3, 2) if i else OverlapEmbed(in_chans, d, 7, 4))
@@ -789,6 +791,8 @@ class Pyramid(nn.Module):
             x = tokens_to_map(getattr(self, f'norm{i + 1}')(t), grid)
             maps.append(x)
         return maps
+
+    feature_maps = features
 
     def forward_features(self, x: Float[Tensor, 'b c y x']) -> Float[Tensor, 'b n d']: return map_to_tokens(self.features(x)[-1])
 
@@ -895,39 +899,90 @@ class Budget:
 
 # %% ../../nbs/04_tokens/01_token_routing.ipynb #9d5bceee
 class RoutedBlock(nn.Module):
-    "A row gate before a ViT block: tokens it shuts out are copied. ValueError for a block whose forward takes no mask. Source: arXiv:2308.03409, eq. 4 with one scale."
+    """A row gate before a block of any model: tokens it shuts out are copied. Source: arXiv:2308.03409, eq. 4 with one scale.
+
+    A block that takes `mask` (True = may be looked at) or `attn_mask` (added to the scores, as in timm) computes a batch at once. Any other one is called once for each number of open tokens in the batch,
+    with these tokens alone: its work must not depend on where a token stands (no table of relative positions). ValueError in the pass if it is given more tensors than the tokens, or gives more than one."""
     def __init__(self,
-                 block: nn.Module,         # its forward takes tokens and `mask`, True = may be looked at
+                 block: nn.Module,         # tokens to tokens, batch first
                  dim: int,
                  num_prefix: int = 1,      # class token, registers: always computed
                  gate_bias: float | None = 2.,
                  temperature: float = 1.):
         super().__init__()
-        if 'mask' not in inspect.signature(block.forward).parameters: raise ValueError(f'block must take `mask` in its forward, got {type(block).__name__}')
+        if not getattr(getattr(block, 'self_attn', None), 'batch_first', True): raise ValueError(f'block must take the batch first, got {type(block).__name__} with batch_first=False')
+        takes = inspect.signature(block.forward).parameters
+        self.mask = next((name for name in ('mask', 'attn_mask') if name in takes), None)
         self.block, self.gate, self.num_prefix, self.temperature, self._seen = block, RowGate(dim, gate_bias), num_prefix, temperature, None
 
-    def forward(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n d']:
+    def _together(self, x: Float[Tensor, 'b n d'], keep: Bool[Tensor, 'b n'], call: Callable) -> Float[Tensor, 'b n d']:
+        def block(t, mask=None):
+            if mask is not None and self.mask == 'attn_mask': mask = torch.zeros_like(mask, dtype=t.dtype).masked_fill(~mask, torch.finfo(t.dtype).min)
+            return call(t) if mask is None else call(t, **{self.mask: mask})
+        return run_selected([block], x, keep, gathered=not self.training and not torch.compiler.is_compiling())
+
+    def _apart(self, x: Float[Tensor, 'b n d'], keep: Bool[Tensor, 'b n'], call: Callable) -> Float[Tensor, 'b n d']:
+        if keep.all(): return call(x)
+        out, count = torch.zeros_like(x), keep.sum(1)
+        for n in count.unique().tolist():
+            rows = (count == n).nonzero()[:, 0]
+            if n: out = Kept(rows, index := keep[rows].nonzero()[:, 1].view(-1, n), torch.ones_like(index, dtype=torch.bool)).put(call(x[rows][keep[rows]].view(-1, n, x.shape[2])), out)
+        return out
+
+    def forward(self, x: Float[Tensor, 'b n d'], *more: Any, **named: Any) -> Float[Tensor, 'b n d'] | tuple[Float[Tensor, 'b n d']]:
+        if any(isinstance(m, Tensor) for m in (*more, *named.values())): raise ValueError(f'{type(self.block).__name__}: a routed block takes no tensor but its tokens')
+        wrapped = False                                      # some libraries' blocks give a tuple of one
+        def call(t, **mask):
+            nonlocal wrapped
+            out = self.block(t, *more, **named, **mask)
+            if wrapped := isinstance(out, tuple):
+                if len(out) != 1: raise ValueError(f'{type(self.block).__name__}: a routed block must give tokens and nothing else, got {len(out)} results')
+                return out[0]
+            return out
         g = self.gate(x[:, self.num_prefix:], self.temperature)
         if self._seen is not None: self._seen.append(g)
         g = F.pad(g, (self.num_prefix, 0), value=1.)
-        y = run_selected([self.block], x, g.detach() > .5, gathered=not self.training and not torch.compiler.is_compiling())
-        return g[..., None].to(y.dtype) * y + (1 - g)[..., None].to(x.dtype) * x
+        y = (self._together if self.mask else self._apart)(x, g.detach() > .5, call)
+        y = g[..., None].to(y.dtype) * y + (1 - g)[..., None].to(x.dtype) * x
+        return (y,) if wrapped else y
 
 
-def routed(model: nn.Module,                     # with `blocks`, `embed_dim` and `num_prefix_tokens`, as vitbook's and timm's ViTs have them
+def _stack(model: nn.Module, blocks: str | nn.Module | None) -> nn.Module:
+    "The list of blocks that `blocks` means. ValueError with the paths there are, if it means none."
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential))}
+    found = lists.get('blocks' if blocks is None else blocks) if blocks is None or isinstance(blocks, str) else next((m for m in lists.values() if m is blocks), None)
+    if found is not None: return found
+    alike = [name for name, m in lists.items() if len(m) > 1 and len({type(block) for block in m}) == 1]
+    got = f'{type(model).__name__} has no `blocks`' if blocks is None else f'got {blocks!r}' if isinstance(blocks, str) else f'got a {type(blocks).__name__} that is no list in {type(model).__name__}'
+    raise ValueError(f"blocks: {got}, wanted a list of blocks in the model or its path{f', such as {alike[:4]}' if alike else ''}")
+
+
+def routed(model: nn.Module,
            layers: Sequence[int] | None = None,  # which blocks; None: all but the first
+           *,
+           blocks: str | nn.Module | None = None, # the list of blocks or its path, e.g. 'vit.layers' of Hugging Face's ViT; None: `model.blocks`
+           dim: int | None = None,               # width of a token; None: `model.embed_dim`, or that of the block's first norm
+           num_prefix: int | None = None,        # class token, registers: always computed; None: `model.num_prefix_tokens`
            **gate: Any,                          # gate_bias, temperature
           ) -> nn.Module:                        # the same model
-    "Put a row gate before blocks of a ViT, in place. ValueError, before anything is changed, for another kind of model, or a block that it has not."
-    if lacks := [name for name in ('blocks', 'embed_dim', 'num_prefix_tokens') if not hasattr(model, name)]:
-        raise ValueError(f'model: {type(model).__name__} has no {", ".join(lacks)}, which a ViT of vitbook or timm has')
-    layers = list(range(1, len(model.blocks)) if layers is None else layers)
-    if not layers or not all(0 <= i < len(model.blocks) for i in layers): raise ValueError(f'layers: got {layers}, wanted some of 0 … {len(model.blocks) - 1}')
-    new = {i: RoutedBlock(model.blocks[i], model.embed_dim, model.num_prefix_tokens, **gate) for i in layers}
+    """Put a row gate before blocks of a ViT, in place: vitbook's and timm's as they are; with `blocks` and `num_prefix`, any other whose blocks turn tokens into tokens (see `RoutedBlock`).
+
+    ValueError, before anything is changed, for a model without such blocks, a block that it has not, or where width or number of prefix tokens cannot be told."""
+    stack = _stack(model, blocks)
+    layers = list(range(1, len(stack)) if layers is None else layers)
+    if not layers or not all(0 <= i < len(stack) for i in layers): raise ValueError(f'layers: got {layers}, wanted some of 0 … {len(stack) - 1}')
+    if num_prefix is None: num_prefix = getattr(model, 'num_prefix_tokens', None)
+    if num_prefix is None: raise ValueError(f'num_prefix: {type(model).__name__} has no `num_prefix_tokens`, say how many tokens stand before the patches (1: a class token)')
+    def width(block):
+        norms = [m.weight for m in block.modules() if 'Norm' in type(m).__name__ and getattr(m, 'weight', None) is not None]
+        return dim or getattr(model, 'embed_dim', None) or (norms[0].shape[-1] if norms else None)
+    if unknown := [i for i in layers if not width(stack[i])]: raise ValueError(f'dim: block {unknown[0]} has no norm to read the width of a token from, and {type(model).__name__} no `embed_dim`: name it')
+    new = {i: RoutedBlock(stack[i], width(stack[i]), num_prefix, **gate) for i in layers}
     for i, block in new.items():
         block.training = block.block.training             # the gate's mode is its block's; modules inside keep their own
         block.gate.train(block.training)
-        model.blocks[i] = block
+        if (like := next(block.block.parameters(), None)) is not None: block.gate.to(like.device)
+        stack[i] = block
     return model
 
 

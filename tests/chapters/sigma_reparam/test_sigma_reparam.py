@@ -466,6 +466,22 @@ def test_torch_encoder_does_not_read_past_the_layers(norm_first):
         for a, b in zip([e(x), e(x, src_key_padding_mask=pad)[~pad]], want): assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('make', [lambda layer: layer, lambda layer: nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(16))], ids=['layer', 'stack'])
+def test_torch_encoder_without_norms(make):
+    "Its fused path reads the norms' weights: without norms it stays off, converted, folded or plain."
+    layer = lambda: nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    torch.manual_seed(0)
+    x, pad = torch.randn(3, 5, 16), torch.tensor([[0] * 5, [0] * 3 + [1] * 2, [0] * 4 + [1]]).bool()
+    with torch.no_grad():
+        e = S.convert(make(layer()), remove_norms=True).eval()
+        want = [e(x), e(x, src_key_padding_mask=pad)[~pad]]
+        S.fold(e).eval()
+        for a, b in zip([e(x), e(x, src_key_padding_mask=pad)[~pad]], want): assert_close(a, b, rtol=1e-4, atol=1e-5)
+        assert not any('_fused' in m.__dict__ for m in e.modules())
+        assert S.drop_norms(make(layer())).eval()(x, src_key_padding_mask=pad).isfinite().all()
+
+
 def test_hooks_identity_and_modes_stay():
     model, seen = small(), []
     head, weight = model.head, model.head.weight

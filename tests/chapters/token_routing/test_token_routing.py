@@ -629,7 +629,6 @@ def test_routed_blocks_of_a_vit():
     (sum(g.mean() for g in gates) / 2 - .5).square().backward()
     assert all(b.gate.weight.grad.abs().max() > 0 for b in vit.blocks[1:])
     copy.deepcopy(vit)
-    with pytest.raises(ValueError, match='mask.*Linear'): T.RoutedBlock(nn.Linear(3, 3), 3)
 
 
 def test_a_routed_block_is_the_same_in_both_forms():
@@ -640,6 +639,75 @@ def test_a_routed_block_is_the_same_in_both_forms():
     g = F.pad(vit.blocks[0].gate(t[:, 3:]), (3, 0), value=1.)
     dense = T.run_selected([vit.blocks[0].block], t, g > .5)
     assert_close(vit.blocks[0](t), torch.where(g[..., None] > 0, dense, t), atol=1e-5, rtol=1e-4)
+
+
+class TimmBlock(nn.Module):
+    "A block called as timm's are: `attn_mask`, which its attention adds to the scores."
+    def __init__(self, block):
+        super().__init__()
+        self.norm1, self.norm2, self.attn, self.mlp = block.norm1, block.norm2, block.attn, block.mlp
+
+    def forward(self, x, attn_mask=None):
+        q, k, v = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        s = q @ k.transpose(-2, -1) * self.attn.head_dim ** -.5
+        weights = (s if attn_mask is None else s + attn_mask).softmax(-1)
+        x = x + self.attn.proj((weights @ v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class TokensOnly(nn.Module):
+    "A block without any mask, as other libraries have them; its result may come in a tuple."
+    def __init__(self, block, wrapped): super().__init__(); self.inner, self.norm, self.wrapped = block, block.norm1, wrapped
+    def forward(self, hidden, attention_mask=None): return (self.inner(hidden),) if self.wrapped else self.inner(hidden)
+
+
+class Own(nn.Module):
+    "A model without `blocks`, `embed_dim` and `num_prefix_tokens`."
+    def __init__(self, vit, kind):
+        super().__init__()
+        self.vit, self.layers, self.wrapped = [vit], nn.ModuleList(kind(b) for b in vit.blocks), kind is WRAPPED
+    def forward(self, x):
+        x = self.vit[0].embed(x)
+        for layer in self.layers:
+            x = layer(x, attention_mask=None) if not isinstance(getattr(layer, 'block', layer), TimmBlock) else layer(x)
+            if self.wrapped: x, = x
+        return self.vit[0].forward_head(self.vit[0].norm(x))
+
+
+WRAPPED = lambda b: TokensOnly(b, True)
+@pytest.mark.parametrize('kind', [TimmBlock, lambda b: TokensOnly(b, False), WRAPPED], ids=['timm', 'no mask', 'tuple'])
+@pytest.mark.parametrize('training', [False, True])
+def test_blocks_of_other_libraries(kind, training):
+    "The same outputs, the same gradients as by a block of ours, when the gates are the same."
+    def made(other):
+        torch.manual_seed(0)
+        vit = VisionTransformer(16, 4, 1, 5, embed_dim=24, depth=3, num_heads=3)
+        model = T.routed(Own(vit, kind), blocks='layers', num_prefix=1) if other else T.routed(vit)
+        for m in model.modules():
+            if isinstance(m, T.RoutedBlock): m.gate.weight_hat.copy_(w := torch.randn(m.gate.weight_hat.shape)); m.gate.weight.data = w.clone(); m.gate.bias_hat.zero_(); m.gate.bias.data.zero_()
+        return model.train(training), vit
+    x, results = torch.randn(6, 1, 16, 16), []
+    for other in (False, True):
+        model, vit = made(other)
+        torch.manual_seed(1)
+        with T.watched(model) as gates: out = model(x)
+        out.square().sum().backward()
+        results.append((out, gates, vit.blocks[0].mlp.fc1.weight.grad, [m.gate.weight.grad for m in model.modules() if isinstance(m, T.RoutedBlock)]))
+    (a, g, p, w), (b, h, q, v) = results
+    assert all(torch.equal(x, y) and len(x.sum(1).unique()) > 1 for x, y in zip(g, h)), 'images differ in how many tokens are open'
+    assert_close(b, a, atol=1e-5, rtol=1e-4)
+    assert_close(q, p, atol=1e-4, rtol=1e-3)
+    if training: assert_close(v, w, atol=1e-4, rtol=1e-3)
+
+
+def test_a_routed_torch_encoder():
+    layer = lambda first: nn.TransformerEncoderLayer(24, 2, 32, batch_first=first)
+    encoder, x = nn.TransformerEncoder(layer(True), 3, enable_nested_tensor=False).eval(), torch.randn(4, 9, 24)
+    want = encoder(x)
+    T.routed(encoder, blocks=encoder.layers, num_prefix=0)
+    assert_close(encoder(x), want, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match='no tensor but its tokens'): encoder(x, mask=torch.zeros(9, 9))
+    with pytest.raises(ValueError, match='batch_first=False'): T.RoutedBlock(layer(False), 24)
 
 
 # library quality
@@ -696,8 +764,10 @@ def test_bad_calls(call, words):
 
 
 @pytest.mark.parametrize('call, words', [
-    (lambda vit: T.routed(nn.Linear(2, 2)), 'Linear has no blocks, embed_dim'), (lambda vit: T.routed(vit, [0, 2]), 'layers: got .0, 2., wanted some of 0 … 1'), (lambda vit: T.routed(vit, []), 'layers'),
-    (lambda vit: T.watched(vit), 'no routed block')])
+    (lambda vit: T.routed(nn.Linear(2, 2)), 'blocks: Linear has no `blocks`'), (lambda vit: T.routed(vit, [0, 2]), 'layers: got .0, 2., wanted some of 0 … 1'), (lambda vit: T.routed(vit, []), 'layers'),
+    (lambda vit: T.routed(vit, blocks='layers'), r"blocks: got 'layers'.*such as ..blocks"), (lambda vit: T.routed(vit, blocks=nn.ModuleList()), 'a ModuleList that is no list in VisionTransformer'),
+    (lambda vit: T.routed(vit, [99]), 'layers: got .99., wanted some of 0 … 1'), (lambda vit: T.routed(nn.Sequential(vit.blocks), blocks='0'), 'num_prefix: Sequential has no'),
+    (lambda vit: T.routed(nn.Sequential(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))), blocks='0', num_prefix=0), 'dim: block 1 has no norm'), (lambda vit: T.watched(vit), 'no routed block')])
 def test_routing_what_cannot_be_routed(call, words):
     vit = VisionTransformer(16, 8, num_classes=3, embed_dim=12, depth=2, num_heads=3)
     with pytest.raises(ValueError, match=words): call(vit)
