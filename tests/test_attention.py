@@ -278,7 +278,7 @@ def test_dropout_takes_weights_and_keeps_the_mean(backend):
     assert_close(out.unique(), torch.tensor([0., 1 / 3]).double())
     assert abs((out == 0).double().mean() - .25) < .03 and abs(out.sum(-1).mean() - 1) < .03
     full = attention(q, k, v, dropout_p=.25, return_weights=True, return_entropy=True)
-    assert_close(full.weights, torch.full_like(full.weights, .25)), 'weights and entropy as before dropout'
+    assert_close(full.weights, torch.full_like(full.weights, .25))                            # weights and entropy as before dropout
     assert_close(full.entropy, torch.full_like(full.entropy, math.log(4)))
     assert attention(q, k, v, backend=backend, dropout_p=0.).eq(.25).all()
 
@@ -332,8 +332,8 @@ def test_options_of_the_module():
     module = Attention(12, 3, proj_bias=False).double()
     assert module.proj.bias is None and module.qkv.bias is None and Attention(12, 3).proj.bias is not None and Attention(12, 3, qkv_bias=True).qkv.bias is not None
     q, k, v = (t.unflatten(-1, (3, 4)).transpose(1, 2) for t in module.qkv(x).chunk(3, -1))
-    for given in (dict(bias=bias), dict(mask=mask), dict(bias=bias, mask=mask)):
-        assert_close(module(x, **given), module.proj(by_hand(q, k, v, **given)[0].transpose(1, 2).flatten(2)))
+    for more in (dict(bias=bias), dict(mask=mask), dict(bias=bias, mask=mask)):
+        assert_close(module(x, **more), module.proj(by_hand(q, k, v, **more)[0].transpose(1, 2).flatten(2)))
     for option in ('attn_drop', 'proj_drop'):
         dropping, plain = Attention(12, 3, **{option: .4}).double(), Attention(12, 3).double()
         plain.load_state_dict(dropping.state_dict())
