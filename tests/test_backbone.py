@@ -1,12 +1,12 @@
 """Checkpoints of every model with official names: files that run code, files of another network, files under wrappers' names. The notebook of `vitbook.backbone` has the small cases."""
-import io, os, pickle, struct
+import io, os, pickle, re, struct
 
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
-import vitbook
+import vitbook.backbone
 from sheets import sheets
 from vitbook.backbone import FeatureMaps, Level, load_checkpoint, read_weights
 from vitbook.backbones.crossformer import CrossFormer
@@ -178,3 +178,107 @@ def test_read_weights_takes_a_file_at_any_place(tmp_path):
     torch.save({'state_dict': {'model': weights}}, tmp_path/'deep.pth')
     with open(tmp_path/'deep.pth', 'rb') as file: assert torch.equal(read_weights(file)['a'], weights['a'])
     with pytest.raises(ValueError, match='key=.nothing.'): read_weights(tmp_path/'deep.pth', key='nothing')
+
+
+# ---- each entry counts
+
+class Small(vitbook.backbone.Backbone):
+    "Three maps of different sizes, a batch norm, and a parameter without a layer."
+    in_chans, levels, num_features = 2, tuple(vitbook.backbone.Level(c, s) for c, s in ((3, 1), (4, 2), (5, 4))), 5
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList([nn.Conv2d(2, 3, 1), nn.Conv2d(3, 4, 2, 2), nn.Conv2d(4, 5, 2, 2)])
+        self.norm, self.scale, self.num_classes = nn.BatchNorm2d(5), nn.Parameter(torch.ones(5)), 6
+        self.head = nn.Linear(5, 6)
+
+    def feature_maps(self, x):
+        maps = []
+        for stage in self.stages: maps.append(x := stage(x))
+        return maps
+
+    def forward_features(self, x): return self.norm(self.feature_maps(x)[-1]) * self.scale[:, None, None]
+    def forward_head(self, x, pre_logits=False): return x.mean((2, 3)) if pre_logits else self.head(x.mean((2, 3)))
+
+    @staticmethod
+    def official_names(state): return {k.removeprefix('backbone.'): v for k, v in state.items()}
+
+
+def shaken(seed):
+    "A small model with other numbers everywhere, running means and counts too."
+    torch.manual_seed(seed)
+    m = Small()
+    for k, v in m.state_dict().items(): v.copy_(torch.rand_like(v.float()) + 3 if v.is_floating_point() else torch.tensor(7 + seed))
+    return m
+
+
+@pytest.mark.parametrize('name', Small().state_dict())
+@pytest.mark.parametrize('change', ['missing', 'unexpected', 'of another shape'])
+@pytest.mark.parametrize('prefix', ['', 'backbone.'])
+def test_every_entry_is_needed(name, change, prefix, tmp_path):
+    "Buffers of a batch norm included: without its running mean a model would run, and answer wrongly."
+    m, state = shaken(0), {prefix + k: v for k, v in shaken(1).state_dict().items()}
+    before = values(m)
+    if change == 'missing': del state[prefix + name]
+    elif change == 'unexpected': state[prefix + name + '2'] = state[prefix + name]
+    else: state[prefix + name] = state[prefix + name][None]
+    torch.save(state, tmp_path/'x.pth')
+    named = re.escape(name + '2' * (change == 'unexpected'))
+    for call in (lambda: vitbook.load_checkpoint(m, tmp_path/'x.pth'), lambda: m.from_official(state)):
+        with pytest.raises(ValueError, match=rf'Small: 1 {change} \({named}(: .* instead of .*)?\)$'): call()
+        assert unchanged(m, before)
+
+
+@pytest.mark.parametrize('prefix', ['', 'backbone.', 'module.', '_orig_mod.', 'module._orig_mod.', '_orig_mod.module.'])
+def test_all_numbers_arrive(prefix, tmp_path):
+    want = shaken(1)
+    torch.save({prefix + k: v for k, v in want.state_dict().items()}, tmp_path/'x.pth')
+    m = shaken(0)
+    assert vitbook.load_checkpoint(m, tmp_path/'x.pth') is m and unchanged(m, values(want))
+
+
+def test_what_skip_leaves(tmp_path):
+    "Patterns, one or several, a batch norm's buffers too; the file may hold them in another shape or not at all."
+    want, m = shaken(1), shaken(0)
+    before = values(m)
+    state = want.state_dict() | {'head.weight': torch.zeros(2, 5)}
+    del state['norm.running_mean'], state['head.bias']
+    torch.save({'model': {'a': torch.zeros(1)}, 'ema': state}, tmp_path/'x.pth')
+    with pytest.raises(ValueError, match='head.weight'): vitbook.load_checkpoint(m, tmp_path/'x.pth', key='ema', skip='norm.*')
+    assert unchanged(m, before)
+    vitbook.load_checkpoint(m, tmp_path/'x.pth', key='ema', skip=['head.*', '*.running_mean'])
+    kept = {'head.weight', 'head.bias', 'norm.running_mean'}
+    for k, v in m.state_dict().items(): assert torch.equal(v, before[k] if k in kept else want.state_dict()[k]), k
+
+
+# ---- maps
+
+@pytest.mark.parametrize('indices, found', [(None, [0, 1, 2]), ((0,), [0]), ((2, 0), [2, 0]), ((-1, 1), [2, 1]), ((-3, -1), [0, 2]), ([1, 1], [1, 1]), ((), [])])
+def test_levels_as_they_were_asked_for(indices, found, unchecked):
+    "In their order, negative ones from the last; channels and strides go with them."
+    m, x = shaken(0), torch.rand(2, 2, 8, 4)
+    maps = m.feature_maps(x)
+    body = vitbook.backbone.FeatureMaps(m, indices)
+    for got, i in zip(body(x), found, strict=True): assert torch.equal(got, maps[i])
+    assert body.channels == [(3, 4, 5)[i] for i in found] and body.strides == [(1, 2, 4)[i] for i in found] and [tuple(l) for l in body.levels] == [(c, s) for c, s in zip(body.channels, body.strides)]
+    assert isinstance(m.head, nn.Identity) and m.num_classes == 0, 'no head is kept'
+    with pytest.raises(ValueError, match=r'out_indices must lie between -3 and 2, got \[3, -4\]'): vitbook.backbone.FeatureMaps(shaken(0), (0, 3, -4))
+    with pytest.raises(ValueError, match='Linear does not'): vitbook.backbone.FeatureMaps(nn.Linear(1, 1))
+
+
+def test_a_backbones_own_methods():
+    m, x = shaken(0).double(), torch.rand(2, 2, 8, 4).double()
+    assert torch.equal(m(x), m.forward_head(m.forward_features(x)))
+    m.reset_classifier(3)
+    assert m.head.weight.dtype == torch.float64 and m(x).shape == (2, 3)
+    m.reset_classifier(0)
+    assert torch.equal(m(x), m.forward_head(m.forward_features(x), pre_logits=True))
+    m.check_picture(x, 4)
+    with pytest.raises(ValueError, match='in_chans=2 channels, got 3'): m.check_picture(torch.zeros(1, 3, 8, 8))
+    for size in ((8, 6), (6, 8)):
+        with pytest.raises(ValueError, match=f'multiples of 4 pixels, got {size[0]}x{size[1]}'): m.check_picture(torch.zeros(1, 2, *size), 4)
+    for name in ('forward_features', 'feature_maps', 'forward_head'):
+        with pytest.raises(NotImplementedError, match=f'Backbone.{name}'): getattr(vitbook.backbone.Backbone(), name)(x)
+    made = Small.from_official(shaken(1).state_dict())
+    assert not made.training and unchanged(made, values(shaken(1)))
+    with pytest.raises(ValueError, match='made already, it takes no depth'): made.from_official({}, depth=3)

@@ -161,6 +161,11 @@ def test_psnr_by_hand():
     assert abs(D.y_channel(black).max() - 16 / 255) < 1e-6
 
 
+def test_metrics_are_numbers_not_losses():
+    a, b = torch.rand(1, 3, 12, 12, requires_grad=True), torch.rand(1, 3, 12, 12)
+    assert not any(f(a, b).requires_grad or f(b, a).requires_grad for f in (D.psnr, D.ssim))
+
+
 def test_ssim_by_hand(photo):
     "Against the definition in valid windows, in skimage's words: Gaussian weights, population variances."
     from skimage.metrics import structural_similarity

@@ -43,6 +43,21 @@ def test_nothing_in_vitbook_is_written_by_hand():
     for path in hand: assert re.fullmatch(r'(__version__ = "[^"]+"\s*)?', path.read_text(encoding='utf-8')), f'{path} holds code that no notebook exports'
 
 
+NAMED_OTHERWISE = {'lab': 'lab_module', 'timeseries': 'series'}     # test_lab.py is JupyterLab's
+
+
+@pytest.mark.parametrize('path', [path for path in modules() if exported(path) and dotted(path) != 'vitbook' and dotted(path).split('.')[1] not in CHAPTERS], ids=dotted)
+def test_each_module_outside_the_chapters_has_a_test_file_of_its_own(path):
+    "One obvious place: tests/test_MODULE.py, which imports it."
+    name = dotted(path)
+    word = name.rpartition('.')[2]
+    home = ROOT/'tests'/f'test_{NAMED_OTHERWISE.get(word, word)}.py'
+    assert home.exists(), f'{name} has no tests/{home.name}'
+    source = ast.parse(home.read_text(encoding='utf-8'))
+    used = {target for target, *_ in imports(source, 'tests')}
+    assert any(target == name or target.startswith(f'{name}.') for target in used), f'tests/{home.name} does not import {name}'
+
+
 def floor(name):
     "0 kernels, 1 layers, 2 vit … data, 3 chapters, 4 the command line; with the chapter's part and slug."
     parts = name.removesuffix('.__init__').split('.')[1:]

@@ -116,6 +116,13 @@ def test_gradients_reach_the_model():
     assert w.grad.abs().sum() > 0
 
 
+def test_walks_to_the_data_keep_no_graph():
+    w = torch.randn(3, 3, requires_grad=True)
+    for out in (F.sample_ode(lambda x, t: x @ w, torch.randn(2, 3), steps=3), F.sample_sde(lambda x, t: x @ w, torch.randn(2, 3), steps=3), F.sample_ode(lambda x, t: x @ w, torch.randn(2, 3), method='dopri5')): assert not out.requires_grad
+    judged = F.judge_digits(torch.rand(4, 1, 8, 8, requires_grad=True), torch.tensor([1, 2, 3, 4]))
+    assert not any(x.requires_grad for x in (judged.values() if isinstance(judged, dict) else judged) if isinstance(x, torch.Tensor))
+
+
 # ---- times
 
 def test_logit_normal_median_and_quantiles():

@@ -220,10 +220,11 @@ def vit_from_state_dict(state_dict: Mapping[str, Tensor],              # timm's 
     regs = sd['reg_token'].shape[1] if 'reg_token' in sd else 0
     prefix, placed = cls + distilled + regs, sd['pos_embed'].shape[1]
     square = lambda n: round(n ** .5) ** 2 == n
-    no_embed_class = not square(placed - prefix) and square(placed)
+    told = sd.pop('pos_grid', None)
+    no_embed_class = placed == int(told.prod()) if told is not None else not square(placed - prefix) and square(placed)
     size = None if img_size is None else pair(img_size)
     want = (1, 1) if size is None else (size[0] // p, size[1] // q)
-    grid = trained_grid(placed - (0 if no_embed_class else prefix), want, sd.pop('pos_grid', None))
+    grid = trained_grid(placed - (0 if no_embed_class else prefix), want, told)
     if size is None: size = (grid[0] * p, grid[1] * q)
     avg = 'fc_norm.weight' in sd or not cls
     gamma = sd.get('blocks.0.ls1.gamma')

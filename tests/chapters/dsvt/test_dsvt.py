@@ -497,6 +497,33 @@ def test_losses_by_hand():
     with pytest.raises(ValueError, match='labels'): D.center_targets(a, torch.tensor([3]), 3, (4, 4), (1, 1), (0, 0))
 
 
+
+def test_the_overlap_to_be_predicted_is_a_target():
+    "Its loss moves the predicted overlap alone, by its sign a box; that of the overlap itself moves the boxes."
+    cell, low, b, labels = (.5, .4), (-8., -6.), boxes(5, 3), torch.tensor([0, 2, 1, 0, 2])
+    b[:, 3:6] += .5
+    t = D.center_targets(b, labels, 3, (30, 32), cell, low)
+    torch.manual_seed(0)
+    maps = {name: torch.randn(1, c, 30, 32) * .1 for name, c in D.HEADS.items()} | dict(hm=torch.randn(1, 3, 30, 32))
+    for i, code in enumerate(t.codes):                                                  # near the boxes, so that they overlap
+        for name, part in zip(('center', 'center_z', 'dim', 'rot'), code.split([2, 1, 3, 2])): maps[name][0].flatten(1)[:, t.at[i]] += part
+    maps = {name: m.requires_grad_() for name, m in maps.items()}
+    losses = D.center_loss(maps, [t], cell, low)
+    iou = dict(zip(maps, torch.autograd.grad(losses['iou'], [*maps.values()], allow_unused=True, retain_graph=True)))
+    assert [name for name, g in iou.items() if g is not None and g.any()] == ['iou']
+    assert_close(iou['iou'].flatten()[t.at].abs(), torch.full((5,), 1 / 5))
+    assert iou['iou'].count_nonzero() == 5
+    diou = dict(zip(maps, torch.autograd.grad(losses['diou'], [*maps.values()], allow_unused=True)))
+    assert {name for name, g in diou.items() if g is not None and g.any()} == {'center', 'center_z', 'dim'}
+
+
+def test_detections_carry_no_graph():
+    model = create_model('dsvt_waymo_pillar_detector', **model_info('dsvt_waymo_pillar_detector')['example']).eval()
+    scene = lidar_scene(0, extent=12., azimuths=180, rings=16)
+    found = model.detect(torch.cat([torch.zeros(len(scene.points), 1), scene.points], 1), score=0.)
+    assert len(found[0].boxes) and not any(x.requires_grad for x in found[0] if isinstance(x, torch.Tensor))
+
+
 # ---- the detector
 
 @pytest.mark.parametrize('name', ['dsvt_waymo_pillar_detector', 'dsvt_waymo_voxel_detector'])

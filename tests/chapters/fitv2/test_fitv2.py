@@ -280,6 +280,7 @@ def test_samples_of_any_size():
     assert out.shape == (3, 1, 4, 10) and out.isfinite().all() and model.training
     noise = torch.randn(3, 10, 4, generator=torch.Generator().manual_seed(0))
     assert_close(V.sample(model, torch.tensor([1, 2, 3]), 2, 5, steps=3, noise=noise), out)
+    assert not out.requires_grad and all(p.grad is None for p in model.parameters()), 'no graph of the whole walk'
     still = V.sample(V.FiT(**{**SMALL, 'in_chans': 1}), torch.tensor([1]), 2, 5, steps=3, noise=noise[:1])       # velocity 0: the noise stays, as a picture
     assert_close(still, V.unpatchify(noise[:1], 2, (2, 5), 1))
 

@@ -218,6 +218,11 @@ def test_gradient():
 def test_gradient_reaches_all_weights_and_the_order_has_none():
     layer = H.HistogramAttention(8, 2)
     assert not H.sort_map(torch.randn(1, 2, 4, 4, requires_grad=True)).rows.requires_grad
+    for stable in (False, True):
+        x, up = torch.randn(2, 3, 9, requires_grad=True), torch.randn(2, 3, 9)
+        values, order = H.ascending(x, -1, stable)
+        assert not order.requires_grad
+        assert torch.equal(torch.autograd.grad(values, x, up)[0], torch.zeros_like(up).scatter(-1, order, up)), 'each value hands its gradient to where it came from'
     layer(torch.randn(2, 8, 6, 6)).square().sum().backward()
     for name, p in layer.named_parameters(): assert p.grad.abs().sum() > 0, name
     by_part = layer.qkv.weight.grad.view(5, -1).abs().sum(1)

@@ -125,6 +125,10 @@ def test_the_mean_carries_no_gradient_and_the_deviation_does():
     assert not mean.requires_grad and std.requires_grad
     assert_close(z.mean(1), torch.zeros(2, 3).double(), atol=1e-12, rtol=0)
     assert_close(std[:, 0], (x.var(1, correction=0) + 1e-5).sqrt())
+    up = torch.randn(z.shape, dtype=torch.double)
+    (got,) = torch.autograd.grad(z, x, up, retain_graph=True)
+    away, n = x.detach() - mean, x.shape[1]
+    assert_close(got, up / std.detach() - away * (up * away).sum(1, keepdim=True) / (n * std.detach() ** 3))  # no share of the mean's
     kept = x.detach().clone()
     T.instance_norm(kept)
     assert torch.equal(kept, x)                                                              # the caller's tensor is left alone
@@ -173,6 +177,7 @@ def test_attention_maps(attn):
     maps = m.attention_maps(x, mark)
     assert len(maps) == 2 and all(w.shape == (2, 4, 9, 9) for w in maps)
     for w in maps: assert_close(w.sum(-1), torch.ones(2, 4, 9))
+    assert not any(w.requires_grad for w in maps)
     with pytest.raises(ValueError, match="'flow'"): model(attn='flow').attention_maps(x)
 
 

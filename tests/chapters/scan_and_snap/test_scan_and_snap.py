@@ -224,15 +224,18 @@ def test_a_run_in_a_sweep_is_the_run_alone(small, length, optimizer):
     assert not torch.equal(grid.Y[0, 0], grid.Y[0, 1])
 
 
-def test_sgd_is_torch_sgd(small):
+@pytest.mark.parametrize('optimizer, momentum', [('sgd', .9), ('sgd', 0.), ('adam', .9)])
+def test_the_optimizers_are_torchs(small, optimizer, momentum):
+    "Both, at two rates, over steps enough for Adam's corrections to matter."
     model, opt_data = S.YZTransformer(34).double(), np.random.default_rng(7)
-    opt = torch.optim.SGD([dict(params=[model.Y], lr=.7), dict(params=[model.Z], lr=.3)], lr=0, momentum=.9)
+    groups = [dict(params=[model.Y], lr=.7), dict(params=[model.Z], lr=.3)]
+    opt = torch.optim.SGD(groups, lr=0, momentum=momentum) if optimizer == 'sgd' else torch.optim.Adam(groups, lr=0)
     for _ in range(8):
         counts, label = small.sample_counts(32, 40, opt_data)
         opt.zero_grad()
         F.cross_entropy(model.forward_counts(counts.double(), small.query[label]), small.target[label]).backward()
         opt.step()
-    run = S.simulate(small, .7, .3, steps=8, length=40, batch_size=32, seed=7, dtype=torch.double)
+    run = S.simulate(small, .7, .3, steps=8, length=40, batch_size=32, momentum=momentum, optimizer=optimizer, seed=7, dtype=torch.double)
     torch.testing.assert_close(run.Y, model.Y.data, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(run.Z, model.Z.data, rtol=1e-5, atol=1e-7)
 

@@ -438,6 +438,28 @@ def test_training_gates_are_hard_and_have_gradients(kind):
     for g in model.gates(): assert g.weight.grad.abs().max() > 0 and g.weight.grad.isfinite().all()
 
 
+@KINDS
+@pytest.mark.parametrize('form', ['dense', 'mixed'])
+def test_what_was_reached_is_no_way_for_gradients(kind, form):
+    "Where nothing arrives nothing is computed: that is counted with hard numbers, and no gate learns through it."
+    model, x = router(kind, gate_bias=0.).train(), images(3)
+    torch.manual_seed(0)
+    r = model.route(x, form=form)
+    assert not any(a.requires_grad for line in r.reached for a in line) and any(g.requires_grad for line in r.col for g in line)
+
+
+def test_running_gates_are_no_parameters():
+    "W_hat follows W without a graph, and learns nothing itself."
+    gate, x = T.RowGate(6), torch.randn(2, 3, 6, requires_grad=True)
+    gate.update_momentum(.5)
+    assert gate.weight_hat.is_leaf and not gate.weight_hat.requires_grad and not gate.bias_hat.requires_grad and gate.weight_hat.data_ptr() != gate.weight.data_ptr()
+    gate.eval()(x).sum().backward()
+    assert gate.weight.grad is None and gate.bias.grad is None and x.grad is not None
+    pyramid_of = router('plain')
+    score = pyramid_of.rows[0][0].received(torch.randn(2, 16, pyramid_of.embed_dims[0]), (4, 4))
+    assert not score.requires_grad
+
+
 @pytest.mark.parametrize('target, sign', [(.3, 1), (3., -1)])
 def test_the_budget_pushes_gates_towards_it(target, sign):
     model, x = router(gate_bias=0., gate_noise=True).train(), images(6)
