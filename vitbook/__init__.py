@@ -10,7 +10,7 @@ __all__ = ['create_model', 'list_models', 'load_checkpoint', 'model_info']
 import importlib
 
 _all_ = ['create_model', 'list_models', 'load_checkpoint', 'model_info']
-_homes = dict(create_model='vitbook.registry', list_models='vitbook.registry', load_checkpoint='vitbook.backbone', model_info='vitbook.registry')
+_homes = dict(create_model='vitbook.registry', list_models='vitbook.registry', load_checkpoint='vitbook.weights', model_info='vitbook.registry')
 
 def __getattr__(name: str):
     "The registry's functions, imported when first asked for: `import vitbook` alone costs next to nothing."
