@@ -18,7 +18,7 @@ if TYPE_CHECKING:   # what `__getattr__` finds, said to editors and type checker
 
 __doc__ = "A workbook on vision Transformers that is also a library: each paper built step by step, proven by tests, and exported as code to use."
 _all_ = ['create_model', 'list_models', 'load_checkpoint', 'model_info']
-_homes = dict(create_model='vitbook.registry', list_models='vitbook.registry', load_checkpoint='vitbook.backbone', model_info='vitbook.registry')
+_homes = dict(create_model='vitbook.registry', list_models='vitbook.registry', load_checkpoint='vitbook.weights', model_info='vitbook.registry')
 
 def _module(package: str, name: str):
     "The module `package.name`, imported when first asked for."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'Entry', 'register_model', 'did_you_mean', 'model_arguments', 'create_model', 'list_models', 'example_inputs',
-           'count_parameters', 'model_info', 'make_index', 'write_index', 'load_weights']
+           'count_parameters', 'model_info', 'make_index', 'write_index']
 
 # %% ../nbs/00_foundations/08_registry.ipynb #0d980d3e
 import copy, difflib, fnmatch, functools, importlib.util, inspect, pprint
@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import torch
-from torch import Tensor, nn
+from torch import nn
 if TYPE_CHECKING: from vitbook.backbone import FeatureMaps
 
 # %% ../nbs/00_foundations/08_registry.ipynb #1e6b63e5
@@ -194,12 +194,4 @@ def write_index(path: str | Path | None = None): # None: `vitbook/_models.py`, w
     Path(path).write_text(f'{head}\n\nMODELS = {{\n{"".join(rows)}}}\n', encoding='utf-8')
 
 # %% ../nbs/00_foundations/08_registry.ipynb #20523ed2
-def load_weights(model: nn.Module,
-                 state_dict: Mapping[str, Tensor]):
-    "Load `state_dict` into `model`, or raise ValueError with everything that does not fit: missing, unexpected and wrongly shaped entries. What grid positions were learned on (`pos_grid`) need not be said."
-    own = model.state_dict()
-    wrong = [f'{k}: {tuple(v.shape)} instead of {tuple(own[k].shape)}' for k, v in state_dict.items() if k in own and v.shape != own[k].shape]
-    lists = dict(missing=[k for k in own if k not in state_dict and k.rpartition('.')[2] != 'pos_grid'], unexpected=[k for k in state_dict if k not in own], **{'of another shape': wrong})
-    if any(lists.values()):
-        raise ValueError(f'state_dict does not fit {type(model).__name__}: ' + '; '.join(f'{len(v)} {k} ({", ".join(v)})' for k, v in lists.items() if v))
-    model.load_state_dict(state_dict)
+from .weights import load_weights  # noqa: F401, an old name
