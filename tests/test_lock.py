@@ -204,3 +204,10 @@ def test_every_notebook_is_in_the_lock_with_what_it_says_it_makes():
         for module in re.findall(r'^from vitbook\.([\w.]+) import', program, re.M):
             path = f'vitbook/{module.replace(".", "/")}'
             assert {f'{path}.py', f'{path}/__init__.py'} & set(known[c.label]['opened']), f'{c.label} imports vitbook.{module}'
+
+
+def test_pages_lead_to_their_neighbours(toy):
+    order = find_chapters(toy)
+    for one, c, other in zip(order, order[1:], order[2:]):
+        page = (toy/'_book'/c.page).read_text(encoding='utf-8')
+        for beside in (one, other): assert f'href="../{beside.page}"' in page

@@ -370,7 +370,11 @@ def _for_page(nb):
     nb.cells = cells
     return nb, numbers
 
-def make_page(nb, chapter: Chapter) -> str:
+def make_page(nb,
+              chapter: Chapter,
+              before: Chapter | None = None, # what the page's head leads back to
+              after: Chapter | None = None,  # and on to
+             ) -> str:
     "The chapter's page as HTML; BookError when it would load something from another host."
     nb, numbers = _for_page(nb)
     exporter = _exporter()
@@ -383,7 +387,10 @@ def make_page(nb, chapter: Chapter) -> str:
             for m in o.get('metadata', {}).values():
                 if isinstance(m, dict) and 'caption' in m: m['caption'] = re.sub(r'^<p>|</p>\s*$', '', exporter._markdown(m['caption'], resources).strip())
     up = '../' * chapter.page.count('/')
-    resources |= {'vitbook_css': _CSS + _PAGE_CSS, 'vitbook_nav': f'<a href="{up}index.html">Contents</a> / {html.escape(_unnumbered(chapter.part) or "the book")}'}
+    def way(c, text): return f' · <a href="{up}{html.escape(c.page)}">{html.escape(text.format(c.slug))}</a>' if c else ''
+    beside = way(before, '← {}') + way(after, '{} →')
+    place = f'<a href="{up}index.html">Contents</a> / {html.escape(_unnumbered(chapter.part) or "the book")}'
+    resources |= {'vitbook_css': _CSS + _PAGE_CSS, 'vitbook_nav': place + beside}
     page = exporter.from_notebook_node(nb, resources)[0]
     elsewhere = loads_elsewhere(page)
     if elsewhere: raise BookError(f'the page would load {", ".join(elsewhere[:3])} from another host')
@@ -624,6 +631,12 @@ class Run:
         saved = outputs_hash(nb) if self.inplace or s['status'] == 'elsewhere' else None
         return not lock.why_stale(self.root, s.get('entry'), source_hash(nb, self.device), saved, self.records)
 
+    def beside(self, chapter: Chapter) -> tuple[Chapter | None, Chapter | None]:
+        "The chapters before and after this one."
+        order = [c for c, _ in self.book]
+        i = order.index(chapter)
+        return order[i - 1] if i else None, order[i + 1] if i + 1 < len(order) else None
+
     def locked(self, chapter: Chapter, nb: dict) -> str:
         "Why the committed lock does not vouch for the notebook's saved outputs; '' if it does."
         if self.device != 'cpu': return 'the lock is about runs on a CPU'
@@ -649,7 +662,7 @@ class Run:
             result = await self.execute(chapter, nb, Path(folder), self.records if chapter.slug == 'scoreboard' else staged)
             if not result.good: return self.fail(result)
             if not self.slow: _stamp(nb, result.cpu_seconds if self.device == 'cpu' and result.cpu_seconds else result.seconds, result.peak_mb, self.device)     # the header gives the time of an ordinary run
-            try: page = await asyncio.to_thread(make_page, nb, chapter)
+            try: page = await asyncio.to_thread(make_page, nb, chapter, *self.beside(chapter))
             except Exception as e: return self.fail(Result(chapter, 'failed', result.seconds, result.peak_mb, f'{e}', f'{type(e).__name__}: {e}'))
             records = []
             for p in sorted(staged.glob('*.json')):
@@ -678,7 +691,7 @@ class Run:
         result = Result(chapter, status, nb['metadata'].get('vitbook', {}).get('seconds'), nb['metadata'].get('vitbook', {}).get('peak_mb'), where=entry['where'])
         if self.unchanged(chapter, nb, ran=False): return result
         import nbformat
-        try: page = await asyncio.to_thread(make_page, nbformat.reads(json.dumps(nb), as_version=4), chapter)
+        try: page = await asyncio.to_thread(make_page, nbformat.reads(json.dumps(nb), as_version=4), chapter, *self.beside(chapter))
         except Exception as e: return self.fail(Result(chapter, 'failed', error=f'{e}', detail=f'{type(e).__name__}: {e}'))
         write_whole(self.out/chapter.page, page)
         self.remember(Result(chapter, 'elsewhere', result.seconds, result.peak_mb, where=result.where), entry=entry)
@@ -776,7 +789,8 @@ class Run:
     async def all(self, chapters: list[Chapter]) -> list[Result]:
         "Pages of what is saved first, so that the index is whole; then run `chapters`, `jobs` at a time, and what reads the others' results after all others."
         gate, results = asyncio.Semaphore(self.jobs), {}
-        if not (self.fresh or self.inplace) and len(chapters) == len(self.book): await self.show_all_saved()
+        whole = len(chapters) == len(self.book)
+        if whole and not (self.fresh or self.inplace): await self.show_all_saved()
         async def one(c):
             async with gate:
                 if self.stopping: raise _Stopped
@@ -794,6 +808,7 @@ class Run:
                     self.stopping = True
                     for t in tasks: t.cancel()
                     await asyncio.gather(*tasks, return_exceptions=True)
+        if not whole and not self.inplace: await self.show_all_saved()            # what the pages lead to
         return [results[c] for c in chapters]
 
     async def show_all_saved(self):
