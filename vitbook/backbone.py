@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from .layers.embed import pair
+from .layers.embed import check_batch, pair
 from .registry import load_weights
 
 # %% ../nbs/00_foundations/16_backbones.ipynb #05913174
@@ -89,7 +89,8 @@ class Backbone(nn.Module):
     def forward(self, x: Float[Tensor, 'b i y x']) -> Float[Tensor, 'b k']: return self.forward_head(self.forward_features(x))
 
     def check_picture(self, x: Tensor, multiple: int = 1):
-        "ValueError unless x has the model's `in_chans` channels and sides that are multiples of `multiple` pixels."
+        "ValueError unless x is a batch with the model's `in_chans` channels and sides that are multiples of `multiple` pixels."
+        check_batch(x)
         if x.shape[1] != self.in_chans: raise ValueError(f'x must have in_chans={self.in_chans} channels, got {x.shape[1]}')
         if x.shape[2] % multiple or x.shape[3] % multiple: raise ValueError(f'x must have sides that are multiples of {multiple} pixels, got {x.shape[2]}x{x.shape[3]}')
 

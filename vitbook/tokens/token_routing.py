@@ -25,7 +25,7 @@ from ..backbone import Level
 from ..layers.attention import attention, attention_scores, masked_softmax
 from ..layers.block import Block, DropPath, drop_path_rates
 from ..layers.conv import DepthwiseConv2d, map_to_tokens, tokens_to_map
-from ..layers.embed import check_divisible, pair
+from ..layers.embed import check_batch, check_divisible, pair
 from ..layers.position import LearnedGrid, resize_position
 from ..registry import register_model
 
@@ -781,6 +781,7 @@ class Pyramid(nn.Module):
 
     def features(self, x: Float[Tensor, 'b c y x']) -> list[Float[Tensor, 'b d h w']]:
         "The map at the end of every scale, normalised, channels first. ValueError if channels or size do not fit."
+        check_batch(x)
         if x.shape[1] != self.in_chans: raise ValueError(f'x must have in_chans={self.in_chans} channels, got {x.shape[1]}')
         side = 4 * 2 ** (len(self.embed_dims) - 1)
         check_divisible('x', tuple(x.shape[2:]), (side, side), 'the coarsest stride')
