@@ -431,3 +431,9 @@ def test_mlp_in_place_under_transforms():
     identity.fc1 = nn.Identity()                                          # its output is the caller's tensor
     same(identity(x), identity.fc2(F.gelu(x)))
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'hornet_tiny_7x7', 'crossformer_tiny', 'cvt_13', 'tnt_small_patch16_224', 'pvt_v2_b0'])
+def test_a_forgotten_batch_is_named(name, unchecked):
+    from vitbook.registry import create_model, model_info
+    with pytest.raises(ValueError, match=r'x must be a batch.*\(3, 64, 64\); x\[None\]'): create_model(name, **model_info(name)['example'])(torch.rand(3, 64, 64))

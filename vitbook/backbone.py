@@ -83,9 +83,18 @@ class Backbone(nn.Module):
     num_features: int          # channels before the head
     in_chans: int
 
-    def forward_features(self, x: Float[Tensor, 'b i y x']) -> Tensor: raise NotImplementedError(f'{type(self).__name__}.forward_features')
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Float[Tensor, 'b k']: raise NotImplementedError(f'{type(self).__name__}.forward_head')
-    def feature_maps(self, x: Float[Tensor, 'b i y x']) -> list[Float[Tensor, 'b _ _ _']]: raise NotImplementedError(f'{type(self).__name__}.feature_maps')
+    def forward_features(self, x: Float[Tensor, 'b i y x']) -> Tensor:
+        "What the body gives, before pooling and head."
+        raise NotImplementedError(f'{type(self).__name__}.forward_features')
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Float[Tensor, 'b k']:
+        "Class scores of what `forward_features` gives; `pre_logits` stops before the head."
+        raise NotImplementedError(f'{type(self).__name__}.forward_head')
+
+    def feature_maps(self, x: Float[Tensor, 'b i y x']) -> list[Float[Tensor, 'b _ _ _']]:
+        "A map for each of `levels`, finest first."
+        raise NotImplementedError(f'{type(self).__name__}.feature_maps')
+
     def forward(self, x: Float[Tensor, 'b i y x']) -> Float[Tensor, 'b k']: return self.forward_head(self.forward_features(x))
 
     def check_picture(self, x: Tensor, multiple: int = 1):
@@ -101,10 +110,18 @@ class Backbone(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
 
     @staticmethod
-    def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]: return dict(state_dict)
+    def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "Entries of an official checkpoint under this model's names."
+        return dict(state_dict)
+
     @staticmethod
-    def official_arguments(state_dict: Mapping[str, Tensor]) -> dict[str, Any]: return {}
-    def resized(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]: return dict(state_dict)
+    def official_arguments(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+        "The arguments of the constructor that an official checkpoint tells of."
+        return {}
+
+    def resized(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "Entries, under this model's names, interpolated to the size of picture that this model is built for."
+        return dict(state_dict)
 
     @ClassOrObject
     def from_official(self, state_dict):

@@ -174,6 +174,6 @@ def explain(
         one_line = lines[end][:body.col_offset].strip()      # def f(x): return x
         head = '\n'.join(lines[function.lineno - 1:end] + [one_line] * bool(one_line))
     title = f'class {f.__name__}\n' if inspect.isclass(f) else ''
-    text = f'{title}{head}\n\n{inspect.getdoc(f) or ""}'.strip()
+    text = f'{title}{head}\n\n{inspect.cleandoc(f.__doc__ or "")}'.strip()
     print(text)
     return text

@@ -64,7 +64,9 @@ class PatchEmbed(nn.Module):
         return self.grid(*self.img_size)
 
     @property
-    def num_patches(self) -> int: return self.grid_size[0] * self.grid_size[1]
+    def num_patches(self) -> int:
+        "Patches of a picture of the size expected."
+        return self.grid_size[0] * self.grid_size[1]
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         "Patches per column and per row of a picture of this size."
