@@ -282,3 +282,9 @@ def test_a_backbones_own_methods():
     made = Small.from_official(shaken(1).state_dict())
     assert not made.training and unchanged(made, values(shaken(1)))
     with pytest.raises(ValueError, match='made already, it takes no depth'): made.from_official({}, depth=3)
+
+
+@pytest.mark.parametrize('name', ['vit_tiny_patch16_224', 'hornet_tiny_7x7', 'crossformer_tiny', 'cvt_13', 'tnt_small_patch16_224', 'pvt_v2_b0'])
+def test_a_forgotten_batch_is_named(name, unchecked):
+    from vitbook.registry import create_model, model_info
+    with pytest.raises(ValueError, match=r'x must be a batch.*\(3, 64, 64\); x\[None\]'): create_model(name, **model_info(name)['example'])(torch.rand(3, 64, 64))

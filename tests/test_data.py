@@ -1,5 +1,5 @@
 "vitbook.data: what the generators promise, and everything that can go wrong between a server and a file."
-import contextlib, errno, hashlib, http.server, inspect, json, os, re, shutil, socket, subprocess, sys, threading
+import contextlib, errno, hashlib, http.server, importlib.util, inspect, json, os, re, shutil, socket, subprocess, sys, threading
 from pathlib import Path
 
 import numpy as np
@@ -569,3 +569,12 @@ def test_manifest_says_what_lies_there(there):
     files = [f for s in data.manifest()['sets'].values() for f in s['files']]
     assert {f['path']: f['sha256'] for f in files} == sums
     assert all(row['state'] == 'ok' for row in data.verify())
+
+
+def test_the_list_says_what_needs_a_package(monkeypatch):
+    "Data inside a package is shipped where the package is."
+    state = lambda: {row['name']: row['state'] for row in data.listing()}
+    assert state()['digits'] == state()['pictures'] == state()['shapes'] == 'shipped'
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *more: None if name in ('sklearn', 'skimage') else find(name, *more))
+    assert [state()[name] for name in ('digits', 'moving_digits', 'pictures', 'shapes')] == ['needs scikit-learn', 'needs scikit-learn', 'needs scikit-image', 'shipped']

@@ -168,6 +168,34 @@ def test_types_are_told():
     for name, module in told.items(): assert getattr(vitbook, name) is getattr(importlib.import_module(f'vitbook.{module}'), name) if module else importlib.import_module(f'vitbook.{name}')
 
 
+def undocumented(tree):
+    "Public functions, classes and methods without a docstring; a class speaks for its `forward`, a model's builder is told its own by `register_model`."
+    def is_(node, *names): return any(name in ast.unparse(d) for d in node.decorator_list for name in names)
+    for node in tree.body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith('_') or is_(node, 'overload', 'register_model'): continue
+        if not ast.get_docstring(node): yield node.name
+        if isinstance(node, ast.ClassDef):
+            yield from (f'{node.name}.{m.name}' for m in node.body if isinstance(m, ast.FunctionDef) and not m.name.startswith('_') and m.name != 'forward' and not ast.get_docstring(m))
+
+
+@pytest.mark.parametrize('path', modules(), ids=dotted)
+def test_every_public_name_says_what_it_gives(path):
+    assert not list(undocumented(ast.parse(path.read_text(encoding='utf-8')))), 'without a docstring'
+
+
+def test_docstrings_are_watched():
+    source = 'def f(): pass\n@overload\ndef g(): pass\ndef _h(): pass\nclass A:\n    "An A."\n    def forward(self): pass\n    def m(self): return 1\nclass B: pass'
+    assert list(undocumented(ast.parse(source))) == ['f', 'A.m', 'B']
+
+
+def test_every_model_says_what_it_is():
+    "By a docstring of its own, or one that names its class and its paper."
+    from vitbook.registry import _entry, list_models
+    for name in list_models(): assert _entry(name).build.__doc__, name
+    entry = _entry('cvt_13')
+    assert entry.build.__doc__ == f'CvT in the size of cvt_13; takes the arguments of CvT. Source: arXiv:{entry.paper}.'
+
+
 def test_mechanisms_need_only_the_few(bare):
     "Every module but the command line, imported in an environment that has nothing else."
     names = [dotted(path) for path in modules() if path.stem not in TOP]

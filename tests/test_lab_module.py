@@ -240,3 +240,18 @@ def test_notebooks_define_none_of_them():
         found = re.findall(r'^def (gen|noisy|refused|refuses)\(', notebook.program, re.M)
         assert not found, f'{notebook.name} defines {found}: import it from vitbook.lab'
         assert 'VITBOOK_OFFICIAL' not in notebook.program, f'{notebook.name}: ask official_code'
+
+
+def test_explain_keeps_the_comments(capsys):
+    "Of a function, a method, a class, and what a decorator wraps; one-line functions too."
+    from vitbook.lab import explain, gen, noisy
+    from vitbook.layers.attention import Attention, attention
+    from vitbook.layers.block import DropPath
+    text = explain(attention)
+    assert capsys.readouterr().out == text + '\n'
+    assert "# True = may look; broadcasts to b h n m" in text and '-> Float[Tensor, ' in text and 'Source: arXiv:1706.03762' in text and 'has_torch_function' not in text
+    assert text.startswith('def attention(q: Float')
+    assert 'class Attention' in (text := explain(Attention)) and '# width of a token' in text and 'super' not in text
+    assert '# cos, sin of the last m tokens' in explain(Attention.forward) and 'def gen(seed: int)' in explain(gen) and '# standard deviation' in explain(noisy)
+    assert explain(DropPath.forward) == "def forward(self, x: Float[Tensor, 'b *rest']) -> Float[Tensor, 'b *rest']:"
+    with pytest.raises(ValueError, match='f must be written in Python'): explain(len)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from .layers.embed import pair
+from .layers.embed import check_batch, pair
 from .weights import ClassOrObject, Official, load_checkpoint, read_weights  # noqa: F401, old names
 
 # %% ../nbs/00_foundations/16_backbones.ipynb #27bca49a
@@ -30,13 +30,23 @@ class Backbone(Official, nn.Module):
     num_features: int          # channels before the head
     in_chans: int
 
-    def forward_features(self, x: Float[Tensor, 'b i y x']) -> Tensor: raise NotImplementedError(f'{type(self).__name__}.forward_features')
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Float[Tensor, 'b k']: raise NotImplementedError(f'{type(self).__name__}.forward_head')
-    def feature_maps(self, x: Float[Tensor, 'b i y x']) -> list[Float[Tensor, 'b _ _ _']]: raise NotImplementedError(f'{type(self).__name__}.feature_maps')
+    def forward_features(self, x: Float[Tensor, 'b i y x']) -> Tensor:
+        "What the body gives, before pooling and head."
+        raise NotImplementedError(f'{type(self).__name__}.forward_features')
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Float[Tensor, 'b k']:
+        "Class scores of what `forward_features` gives; `pre_logits` stops before the head."
+        raise NotImplementedError(f'{type(self).__name__}.forward_head')
+
+    def feature_maps(self, x: Float[Tensor, 'b i y x']) -> list[Float[Tensor, 'b _ _ _']]:
+        "A map for each of `levels`, finest first."
+        raise NotImplementedError(f'{type(self).__name__}.feature_maps')
+
     def forward(self, x: Float[Tensor, 'b i y x']) -> Float[Tensor, 'b k']: return self.forward_head(self.forward_features(x))
 
     def check_picture(self, x: Tensor, multiple: int = 1):
-        "ValueError unless x has the model's `in_chans` channels and sides that are multiples of `multiple` pixels."
+        "ValueError unless x is a batch with the model's `in_chans` channels and sides that are multiples of `multiple` pixels."
+        check_batch(x)
         if x.shape[1] != self.in_chans: raise ValueError(f'x must have in_chans={self.in_chans} channels, got {x.shape[1]}')
         if x.shape[2] % multiple or x.shape[3] % multiple: raise ValueError(f'x must have sides that are multiples of {multiple} pixels, got {x.shape[2]}x{x.shape[3]}')
 

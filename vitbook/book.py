@@ -44,7 +44,9 @@ class Chapter:
         return f'{self.part}/{name}.html' if self.part else f'{name}.html'
 
     @property
-    def label(self) -> str: return f'{self.part}/{self.slug}' if self.part else self.slug
+    def label(self) -> str:
+        "Part and slug, as in `04_tokens/token_routing`."
+        return f'{self.part}/{self.slug}' if self.part else self.slug
 
     def facts(self) -> dict:
         "Title, blurb, module and run time, as its first cells say."
@@ -407,6 +409,7 @@ class ShowDocs:
         self.module = next((c.directives_['default_exp'][0].removesuffix('.__init__') for c in nb.cells if 'default_exp' in c.directives_), None)
 
     def begin(self):
+        "The names that the notebook's module exports, looked up before its cells are gone through."
         if self.module is None: return
         from execnb.shell import CaptureShell
         name = 'vitbook' if self.module == '__init__' else f'vitbook.{self.module}'
@@ -500,7 +503,9 @@ class Result:
     where: str = ''                # 'elsewhere': the processor that the saved outputs come from
 
     @property
-    def good(self) -> bool: return self.status in ('ran', 'unchanged', 'elsewhere')
+    def good(self) -> bool:
+        "Whether the chapter's page can be trusted: it ran, was unchanged or was run elsewhere."
+        return self.status in ('ran', 'unchanged', 'elsewhere')
 
 def error_page(r: Result) -> str:
     "The page of a chapter that did not run to its end: what was running and what it said."
@@ -615,7 +620,9 @@ class Run:
         self.records = root/'data'/'scoreboard' if inplace else out/'records'
         self.stopping = False
 
-    def state_file(self, chapter): return self.out/'.state'/chapter.part/f'{chapter.slug}.json'
+    def state_file(self, chapter):
+        "Where what is known of the chapter's last run is kept."
+        return self.out/'.state'/chapter.part/f'{chapter.slug}.json'
 
     def state(self, chapter) -> dict:
         "What is known of the chapter's last run; nothing when it never ran or its file is damaged."
@@ -728,10 +735,12 @@ class Run:
             return ('' if process.returncode == 0 else said.decode(errors='replace')), opened
 
     def remember(self, r: Result, **more):
+        "Writes down how a run ended; `more` is kept beside it."
         state = dict(status=r.status, seconds=r.seconds, cpu_seconds=r.cpu_seconds, peak_mb=r.peak_mb, error=r.error, page=r.chapter.page, where=r.where, maker=_maker(), **more)
         write_whole(self.state_file(r.chapter), json.dumps(state, indent=1))
 
     def fail(self, r: Result) -> Result:
+        "The same result, its error page written and its failure remembered."
         write_whole(self.out/r.chapter.page, error_page(r))
         self.remember(r)
         return r

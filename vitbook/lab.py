@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SETUP', 'left_out', 'LeaveOut', 'with_setup', 'load_ipython_extension', 'unload_ipython_extension', 'official_code',
-           'checkout', 'shipped', 'gen', 'noisy', 'refused', 'says']
+           'checkout', 'shipped', 'gen', 'noisy', 'refused', 'says', 'explain']
 
 # %% ../nbs/00_foundations/22_lab.ipynb #ef1c15cc
-import contextlib, os
+import ast, contextlib, inspect, os, textwrap
 from collections.abc import Callable
 from pathlib import Path
 import torch
@@ -152,3 +152,28 @@ def says(
     e = _raised(call, words, kinds)
     print(f'{type(e).__name__}: {e}')
     return str(e)
+
+# %% ../nbs/00_foundations/22_lab.ipynb #0d0e9c1a
+def explain(
+    f: Callable | type,  # a function, a method or a class
+) -> str:
+    """Prints the signature as it is written, with the comment behind each parameter, and the docstring; returns both.
+
+    ValueError where there is no source to read."""
+    f = inspect.unwrap(f)
+    maker = vars(f).get('__init__') if inspect.isclass(f) else f
+    head = ''
+    if maker is not None:
+        try:
+            source = textwrap.dedent(inspect.getsource(inspect.unwrap(maker)))
+        except (OSError, TypeError):
+            raise ValueError(f'f must be written in Python, got {f!r}') from None
+        function = next(n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+        lines, body = source.splitlines(), function.body[0]
+        end = body.lineno - 1
+        one_line = lines[end][:body.col_offset].strip()      # def f(x): return x
+        head = '\n'.join(lines[function.lineno - 1:end] + [one_line] * bool(one_line))
+    title = f'class {f.__name__}\n' if inspect.isclass(f) else ''
+    text = f'{title}{head}\n\n{inspect.cleandoc(f.__doc__ or "")}'.strip()
+    print(text)
+    return text

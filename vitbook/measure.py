@@ -140,8 +140,13 @@ class Comparison(NamedTuple):
     threads: int
     device: str
 
-    def ways(self) -> list[str]: return list(dict.fromkeys(r['way'] for r in self.rows))
-    def of(self, way: str, what: str = 'median') -> list: return [r[what] for r in self.rows if r['way'] == way]
+    def ways(self) -> list[str]:
+        "Names of what was compared, in the order it was given."
+        return list(dict.fromkeys(r['way'] for r in self.rows))
+
+    def of(self, way: str, what: str = 'median') -> list:
+        "What was measured of one way, at each size."
+        return [r[what] for r in self.rows if r['way'] == way]
 
     def exponents(self, what: str = 'median') -> dict[str, float]:
         "Growth exponent of each way."

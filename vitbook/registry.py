@@ -63,6 +63,9 @@ def register_model(build: Callable[..., nn.Module] | None = None, # a function n
     if swallowed: raise ValueError(f'{name} must name its arguments, got *{swallowed[0]}')
     _entries[name] = Entry(name, build, paper, part, chapter, dict(example), tuple(input_shape), inputs,
                            compiles, dict(reasons or {}))
+    if build.__doc__ is None:
+        kind = getattr(build.__annotations__.get('return'), '__name__', 'The model')
+        build.__doc__ = f'{kind} in the size of {name}; takes the arguments of {kind}. Source: arXiv:{paper}.'
     return build
 
 # %% ../nbs/00_foundations/08_registry.ipynb #f72e3d67

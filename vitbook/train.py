@@ -234,7 +234,9 @@ class History:
         if not found and self.rows: raise ValueError(f'the history has no {name!r}, only {sorted(set().union(*self.rows))}')
         return found
 
-    def steps(self, name: str = 'loss') -> list[int]: return [r['step'] for r in self.rows if name in r]
+    def steps(self, name: str = 'loss') -> list[int]:
+        "The steps at which this was recorded."
+        return [r['step'] for r in self.rows if name in r]
 
 @dataclass
 class Moment:

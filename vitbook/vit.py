@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from .layers.block import Block, drop_path_rates
 from .layers.conv import tokens_to_map
-from .layers.embed import PatchEmbed, pair
+from .layers.embed import PatchEmbed, check_batch, pair
 from .layers.position import LearnedGrid, resize_position, trained_grid
 from .backbone import Backbone, Level
 from .registry import load_weights, register_model
@@ -120,6 +120,7 @@ class VisionTransformer(_PublishedViT):
 
     def embed(self, x: Float[Tensor, 'b i y x']) -> Float[Tensor, 'b n c']:
         "Patch tokens behind the prefix tokens, positions added. Source: arXiv:2010.11929, eq. 1."
+        check_batch(x)
         grid = self.patch_embed.grid(*x.shape[2:])
         x = self.patch_embed(x)
         prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]

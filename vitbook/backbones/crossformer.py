@@ -188,6 +188,7 @@ class GroupAttention(nn.Module):
 
     def attend(self, q: Float[Tensor, 'm h n d'], k: Float[Tensor, 'm h n d'], v: Float[Tensor, 'm h n d'],
                bias: Float[Tensor, '1 h n n'] | None, mask: Bool[Tensor, 'm 1 1 n'] | None) -> Float[Tensor, 'm h n d']:
+        "Softmax attention inside each of m groups of n tokens."
         drop = self.attn_drop if self.training else 0.
         if bias is None or q.device.type != 'cpu' or not torch.is_grad_enabled():
             return attention(q, k, v, bias=bias, mask=mask, scale=self.scale, dropout_p=drop)

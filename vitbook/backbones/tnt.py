@@ -19,7 +19,7 @@ from ..backbone import Backbone, Level
 from ..layers.attention import Attention
 from ..layers.block import Block, Mlp, drop_path_rates
 from ..layers.conv import tokens_to_map
-from ..layers.embed import check_divisible, pair, patchify
+from ..layers.embed import check_batch, check_divisible, pair, patchify
 from ..layers.position import LearnedGrid, resize_position
 from ..registry import register_model
 
@@ -54,6 +54,7 @@ class WordEmbed(nn.Module):
         return rows, cols
 
     def forward(self, x: Float[Tensor, 'b i y x']) -> Float[Tensor, 'p m c']: # p = b * n patches of m words
+        check_batch(x)
         if x.shape[1] != self.in_chans: raise ValueError(f'x must have in_chans={self.in_chans} channels, got {x.shape[1]}')
         if self.img_size and tuple(x.shape[2:]) != self.img_size: raise ValueError(f'x must be {self.img_size[0]}x{self.img_size[1]} (img_size), got {x.shape[2]}x{x.shape[3]}')
         (rows, cols), (p, q) = self.grid(*x.shape[2:]), self.patch_size
@@ -86,7 +87,9 @@ class QueryScale(nn.Module):
         self.factor = factor
 
     def forward(self, q: Float[Tensor, '*b n d']) -> Float[Tensor, '*b n d']: return q * self.factor
-    def extra_repr(self) -> str: return f'factor={self.factor:g}'
+    def extra_repr(self) -> str:
+        "The factor, for `print(model)`."
+        return f'factor={self.factor:g}'
 
 
 class SEMlp(Mlp):

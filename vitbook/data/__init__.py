@@ -531,8 +531,9 @@ def verify(name: str | None = None,  # of a set; None: all
     return rows
 
 def listing() -> list[dict]:
-    "Every set, shipped ones first: name, state ('shipped', 'here', 'partly here', 'missing'), megabytes to download, licence, description."
-    rows = [dict(name=name, state='shipped', megabytes=0., licence=s['licence'], description=s['description']) for name, s in manifest()['shipped'].items()]
+    "Every set, shipped ones first: name, state ('shipped', 'needs scikit-learn', 'here', 'partly here', 'missing'), megabytes to download, licence, description."
+    def state(s): return 'shipped' if 'in' not in s or importlib.util.find_spec(s['in'].replace('scikit-', 'sk')) else f"needs {s['in']}"
+    rows = [dict(name=name, state=state(s), megabytes=0., licence=s['licence'], description=s['description']) for name, s in manifest()['shipped'].items()]
     for name, s in manifest()['sets'].items():
         here = [locate(name, f['path']) is not None for f in s['files']]
         rows.append(dict(name=name, state='here' if all(here) else 'partly here' if any(here) else 'missing',

@@ -36,6 +36,7 @@ class TimeSeries:
     def __getitem__(self, rows: slice) -> 'TimeSeries': return TimeSeries(self.columns, self.values[rows], self.times[rows])
 
     def only(self, *columns: str) -> 'TimeSeries':
+        "The series with these columns, in this order. ValueError for an unknown one."
         if unknown := [c for c in columns if c not in self.columns]: raise ValueError(f'columns: got {unknown[0]!r}, wanted some of {", ".join(self.columns)}')
         return TimeSeries(columns, self.values[:, [self.columns.index(c) for c in columns]], self.times)
 
@@ -142,8 +143,13 @@ class Scaler:
         std = values.double().std(0, correction=0)
         return cls(values.double().mean(0).to(values.dtype), torch.where(std > 0, std, torch.ones_like(std)).to(values.dtype))
 
-    def apply(self, x: Float[Tensor, '*b n']) -> Float[Tensor, '*b n']: return (x - self.mean.to(x)) / self.std.to(x)
-    def undo(self, z: Float[Tensor, '*b n']) -> Float[Tensor, '*b n']: return z * self.std.to(z) + self.mean.to(z)
+    def apply(self, x: Float[Tensor, '*b n']) -> Float[Tensor, '*b n']:
+        "Values in units of the training part's standard deviation, from its mean."
+        return (x - self.mean.to(x)) / self.std.to(x)
+
+    def undo(self, z: Float[Tensor, '*b n']) -> Float[Tensor, '*b n']:
+        "Values in their own units again."
+        return z * self.std.to(z) + self.mean.to(z)
 
 # %% ../../nbs/00_foundations/17_series.ipynb #09310da0
 class Window(NamedTuple):
@@ -174,13 +180,24 @@ class Windows:
     def _future(self, rows): return rows[self.seq_len:].unfold(0, self.pred_len, 1).transpose(1, 2)
 
     @property
-    def x(self) -> Float[Tensor, 'w t n']: return self._past(self.values)
+    def x(self) -> Float[Tensor, 'w t n']:
+        "The past of every window."
+        return self._past(self.values)
+
     @property
-    def y(self) -> Float[Tensor, 'w s n']: return self._future(self.values)
+    def y(self) -> Float[Tensor, 'w s n']:
+        "The future of every window."
+        return self._future(self.values)
+
     @property
-    def x_mark(self) -> Float[Tensor, 'w t c'] | None: return None if self.marks is None else self._past(self.marks)
+    def x_mark(self) -> Float[Tensor, 'w t c'] | None:
+        "Calendar features of the past; None without a calendar."
+        return None if self.marks is None else self._past(self.marks)
+
     @property
-    def y_mark(self) -> Float[Tensor, 'w s c'] | None: return None if self.marks is None else self._future(self.marks)
+    def y_mark(self) -> Float[Tensor, 'w s c'] | None:
+        "Calendar features of the future; None without a calendar."
+        return None if self.marks is None else self._future(self.marks)
 
     def __getitem__(self, index: int | slice | Tensor) -> Window: return Window(*(None if v is None else v[index] for v in (self.x, self.y, self.x_mark, self.y_mark)))
 

@@ -157,6 +157,7 @@ class PositionMlp(nn.Module):
         self.net = nn.Sequential(nn.Linear(2 if flat else 3, dim), nn.BatchNorm1d(dim), nn.ReLU(), nn.Linear(dim, dim))
 
     def embed(self, place: Int[Tensor, 'n 3'], window: Sequence[int]) -> Float[Tensor, 'n c']:
+        "Vectors for places inside a window, counted from its middle, z first as voxels have them."
         dtype = next(self.net.parameters()).dtype
         size = torch.tensor(window, device=place.device, dtype=torch.promote_types(dtype, torch.float32))
         xyz = place.flip(1) - size / 2
@@ -683,7 +684,9 @@ class DSVTDetector(nn.Module):
         "What the head is to say about a scene; `size` is rows, columns of its maps."
         return center_targets(boxes, labels, self.num_classes, size, self.cell, self.low)
 
-    def loss(self, maps: Mapping[str, Tensor], targets: Sequence[Targets]) -> dict[str, Float[Tensor, '']]: return center_loss(maps, targets, self.cell, self.low)
+    def loss(self, maps: Mapping[str, Tensor], targets: Sequence[Targets]) -> dict[str, Float[Tensor, '']]:
+        "The parts of the detector's loss on predicted maps, by name."
+        return center_loss(maps, targets, self.cell, self.low)
 
     @staticmethod
     def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -93,6 +93,7 @@ def gather_keys(x: Shaped[Tensor, 'b h n d'], idx: Int[Tensor, 'r k']) -> Shaped
     return x.reshape(b * h * n, d).index_select(0, (first + idx.repeat_interleave(h, 0)).flatten()).view(b, h, idx.shape[-1], d)
 
 def gather_tokens(x: Float[Tensor, 'b n c'], idx: Int[Tensor, 'r k']) -> Float[Tensor, 'b k c']:
+    "The tokens that each row of `idx` names; a row is an example, or stands for all of them."
     return gather_keys(x[:, None], idx)[:, 0]
 
 def full(t: Tensor) -> Tensor:
@@ -362,7 +363,9 @@ class Sampling:
         if self.always < 0: raise ValueError(f'always must not be negative, got {self.always}')
         if self.sigma < 0: raise ValueError(f'sigma must not be negative, got {self.sigma}')
 
-    def acts(self, training: bool) -> bool: return self.during == 'always' or self.during == 'training' and training
+    def acts(self, training: bool) -> bool:
+        "Whether keys are sampled in this mode."
+        return self.during == 'always' or self.during == 'training' and training
 
     def count(self, n: int) -> int:
         "How many of n keys a query sees."
@@ -402,7 +405,9 @@ class Sampling:
         if self.count(m) == m: return attention(q, k, v, **rest)
         return subsampled_attention(q, k, v, keys=self.count(m), **rest, **drawn)
 
-def in_backward() -> bool: return torch._C._current_graph_task_id() != -1
+def in_backward() -> bool:
+    "Whether autograd is going backward just now, as it does when a checkpointed block is computed again."
+    return torch._C._current_graph_task_id() != -1
 
 # %% ../../nbs/01_dynamics/04_information_pathways.ipynb #19bea777
 def subsampled_self_attention(attn: Attention,                            # its weights are used
@@ -454,7 +459,9 @@ class SubsampledAttention(Attention):
         if not self.sampling.acts(self.training): return super().forward(x, mask, bias, rope)
         return subsampled_self_attention(self, x, self.sampling, mask, bias, rope)
 
-    def extra_repr(self) -> str: return str(self.sampling)
+    def extra_repr(self) -> str:
+        "The sampling, for `print(model)`."
+        return str(self.sampling)
 
 # %% ../../nbs/01_dynamics/04_information_pathways.ipynb #870dc63b
 class _Now(threading.local):
@@ -604,6 +611,7 @@ class subsampled:
         return self
 
     def nothing(self) -> str:
+        "The sentence that says why no attention call was seen."
         return (f'{type(self.model).__name__} made no attention call that `subsampled` can see, or `layers` chose none: it sees vitbook, '
                 "F.scaled_dot_product_attention (Hugging Face: attn_implementation='sdpa') and nn.MultiheadAttention")
 

@@ -47,12 +47,14 @@ class YZTransformer(nn.Module):
 
     def attend(self, tokens: Int[Tensor, 'b t'], # the last token of each row is the query
               ) -> Float[Tensor, 'b M']:         # v: share of attention of each token of the vocabulary
+        "How much attention the last token pays to each token of the vocabulary. ValueError without a context."
         if tokens.shape[1] < 2: raise ValueError(f'tokens must hold a context and a query, at least 2 in a row, got {tokens.shape[1]}')
         context, query = tokens[:, :-1], tokens[:, -1]
         b = self.Z[query].gather(1, context).softmax(-1)
         return torch.zeros(len(tokens), len(self.Y), dtype=b.dtype, device=b.device).scatter_add(1, context, b)
 
     def decode(self, v: Float[Tensor, 'b M']) -> Float[Tensor, 'b M']:
+        "Logits from shares of attention: v, normalised, times Y."
         return F.normalize(v, dim=-1) @ self.Y
 
     def forward(self, tokens: Int[Tensor, 'b t']) -> Float[Tensor, 'b M']: # logits of the token that follows the query
@@ -102,14 +104,28 @@ class SequenceClasses:
             raise ValueError(f'prob must hold distributions in its rows, got row sums from {sums.min():.4g} to {sums.max():.4g} and a smallest entry {self.prob.min():.4g}')
 
     @property
-    def num_classes(self) -> int: return self.prob.shape[0]
+    def num_classes(self) -> int:
+        "How many classes of sequences there are."
+        return self.prob.shape[0]
+
     @property
-    def vocab_size(self) -> int: return self.prob.shape[1]
+    def vocab_size(self) -> int:
+        "M, how many tokens the vocabulary has."
+        return self.prob.shape[1]
+
     @property
-    def common(self) -> Bool[Tensor, 'M']: return (self.prob > 0).sum(0) > 1
+    def common(self) -> Bool[Tensor, 'M']:
+        "Tokens that more than one class uses."
+        return (self.prob > 0).sum(0) > 1
+
     @property
-    def distinct(self) -> Bool[Tensor, 'M']: return (self.prob > 0).sum(0) == 1
-    def support(self, n: int) -> Int[Tensor, 's']: return self.prob[n].nonzero()[:, 0]
+    def distinct(self) -> Bool[Tensor, 'M']:
+        "Tokens that exactly one class uses."
+        return (self.prob > 0).sum(0) == 1
+
+    def support(self, n: int) -> Int[Tensor, 's']:
+        "The tokens that class n uses."
+        return self.prob[n].nonzero()[:, 0]
 
     def to(self, *args: torch.device | torch.dtype | str) -> 'SequenceClasses':
         "Moved or cast; ids stay integers."
@@ -121,6 +137,7 @@ class SequenceClasses:
                length: int = 128,                          # T: length - 1 contextual tokens and the query
                generator: torch.Generator | None = None,
               ) -> tuple[Int[Tensor, 'b t'], Int[Tensor, 'b']]: # tokens, class of each row
+        "Sequences drawn from the classes, each with its class's query at the end, and these classes."
         label = torch.randint(0, self.num_classes, (batch_size,), generator=generator)
         context = torch.multinomial(self.prob[label], length - 1, replacement=True, generator=generator)
         return torch.cat([context, self.query[label, None]], 1), label
@@ -265,6 +282,7 @@ def integrate(velocity: Callable[[Float[Tensor, '*z']], Float[Tensor, '*z']],  #
 
 
 class AttentionPath(NamedTuple):
+    "How attention moved in the reduced dynamics, step by step."
     z: Float[Tensor, 't q M']  # attention logits of each query
     c: Float[Tensor, 't k M']  # share of attention in each class
     xi: Float[Tensor, 't k']   # drive of each class, before eta_z
@@ -329,6 +347,7 @@ def common_mass(c: Float[Tensor, '*b M'], common: Bool[Tensor, 'M']) -> Float[Te
 
 
 class Trajectory(NamedTuple):
+    "A training run: how attention moved, the losses on the way, and the logits at its end."
     z: Float[Tensor, '*r t k M']  # attention logits of each class's query: at the start and after every `record_every` steps
     c: Float[Tensor, '*r t k M']  # share of attention in each class
     steps: Int[Tensor, 't']       # these steps
@@ -438,6 +457,7 @@ class OneLayerLM(nn.Module):
         for m in (self.block.attn.qkv, self.block.attn.proj, self.decoder): nn.init.zeros_(m.bias)
 
     def tokens(self, ids: Int[Tensor, 'b n']) -> Float[Tensor, 'b n c']:
+        "Embedded tokens with their positions. ValueError if there are more than positions."
         if ids.shape[1] > len(self.pos): raise ValueError(f'ids must be at most {len(self.pos)} long, got {ids.shape[1]}')
         return self.embed(ids) * self.embed.embedding_dim ** .5 + self.pos[:ids.shape[1]]
 
@@ -446,6 +466,7 @@ class OneLayerLM(nn.Module):
         return self.decoder(self.block(self.tokens(ids), mask=look))
 
     def attend(self, ids: Int[Tensor, 'b n']) -> Attended: # .weights b h n n, .entropy b h n in nats
+        "The block's attention on these tokens, with its weights and their entropy."
         attn = self.block.attn
         q, k, v = attn.qkv(self.tokens(ids)).unflatten(-1, (3, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4)
         return attention(q, k, v, causal=True, return_weights=True, return_entropy=True)

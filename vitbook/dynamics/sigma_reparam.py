@@ -56,7 +56,9 @@ class EntropyTrace:
         self._seen.append(attention_entropy(moment.model, *self.inputs))
 
     @property
-    def values(self) -> Float[Tensor, 'step layer head']: return torch.stack(self._seen)
+    def values(self) -> Float[Tensor, 'step layer head']:
+        "The entropies seen so far, one row for each of `steps`."
+        return torch.stack(self._seen)
 
 # %% ../../nbs/01_dynamics/01_sigma_reparam.ipynb #6b675a1e
 def extremal_logits(s: float,  # length of the row
@@ -190,6 +192,7 @@ class Sigma:
         self.start(gamma_init or self.gamma_init, self.blocks, self.stats_only, self.side, self.fast)
 
     def parts(self) -> list[tuple[Tensor, Tensor]]: # matrix and vector of each block, turned so that the vector is the matrix's right one
+        "Matrix and vector of each block, turned so that the vector is the matrix's right one."
         W = getattr(self, self.matrix_name).detach().flatten(1).split(self.blocks)
         return list(zip(W, self.u)) if self.side == 'in' else [(w.T, u) for w, u in zip(W, self.u.split(self.blocks))]
 
@@ -213,7 +216,9 @@ class Sigma:
         return v, u, sigma
 
     @torch.no_grad()
-    def move(self, v: Float[Tensor, 'o'], u: Float[Tensor, 'k i']): self.u.copy_(u if self.side == 'in' else v)
+    def move(self, v: Float[Tensor, 'o'], u: Float[Tensor, 'k i']):
+        "Keeps the vectors that a power iteration came to."
+        self.u.copy_(u if self.side == 'in' else v)
 
     def scaled_weight(self) -> tuple[Tensor, Tensor | None]:
         "The weight and the factor of the output, a number or one for each row; None: no factor."
@@ -242,6 +247,7 @@ class Sigma:
     def __getstate__(self): return self.__dict__ | {'_fresh': None}
 
     def extra_repr(self) -> str:
+        "The options of σReparam behind the layer's own, for `print(model)`."
         own = [f'gamma_init={self.gamma_init}'] + [f'blocks={self.blocks}'] * (len(self.blocks) > 1) + ['stats_only=True'] * self.stats_only
         return ', '.join(filter(None, [super().extra_repr(), *own]))
 

@@ -219,7 +219,9 @@ class RelativeTable(nn.Module):
             return Toeplitz(self.weight[self.bucket[offset + self.max_len - 1]])
         if m > self.max_len: raise ValueError(f'max_len is {self.max_len}, got {m} tokens; buckets (num_buckets=64) take any length')
         return Toeplitz(self.weight)
-    def extra_repr(self) -> str: return f'max_len={self.max_len}, num_heads={self.num_heads}, num_buckets={self.num_buckets}'
+    def extra_repr(self) -> str:
+        "The table's sizes, for `print(model)`."
+        return f'max_len={self.max_len}, num_heads={self.num_heads}, num_buckets={self.num_buckets}'
 
 # %% ../../nbs/01_dynamics/03_urpe.ipynb #e01e38b3
 class RelativeTable2d(nn.Module):
@@ -245,7 +247,9 @@ class RelativeTable2d(nn.Module):
         if n != len(self.index) or m not in (None, n):
             raise ValueError(f'grid {self.grid} with {self.num_prefix} prefix tokens has {len(self.index)} tokens, got {n}; build the model for this img_size')
         return by_class(self.weight, self.index)
-    def extra_repr(self) -> str: return f'grid={self.grid}, num_prefix={self.num_prefix}'
+    def extra_repr(self) -> str:
+        "The table's sizes, for `print(model)`."
+        return f'grid={self.grid}, num_prefix={self.num_prefix}'
 
 
 def shortest_paths(adjacency: Bool[Tensor, 'b n n'],

@@ -349,7 +349,9 @@ class FinalLayer(nn.Module):
         self.norm_final, self.linear = _norm(norm, dim), nn.Linear(dim, out)
         self.adaLN_modulation = adaln_map('swiglu' if adaln == 'swiglu' else 'full', dim, 2, dim // 2, adaln_bias)
 
-    def modulation(self, c: Float[Tensor, 'b c']) -> list[Tensor]: return list(self.adaLN_modulation(c)[:, None].chunk(2, -1))
+    def modulation(self, c: Float[Tensor, 'b c']) -> list[Tensor]:
+        "Shift and scale that the condition asks for, each b 1 c."
+        return list(self.adaLN_modulation(c)[:, None].chunk(2, -1))
 
     def forward(self, x: Float[Tensor, 'b n c'], c: Float[Tensor, 'b c'] | Sequence[Tensor]) -> Float[Tensor, 'b n d']:
         return self.linear(modulate(self.norm_final(x), *(self.modulation(c) if isinstance(c, Tensor) else c)))

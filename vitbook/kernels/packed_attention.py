@@ -42,9 +42,15 @@ class Plan(NamedTuple):
     groups: tuple[tuple[int, tuple[int, ...]], ...]   # (length, starts of all segments of that length), longest first; empty segments are left out
 
     @property
-    def lengths(self) -> list[int]: return [length for length, starts in self.groups for _ in starts]
+    def lengths(self) -> list[int]:
+        "The length of each packed sequence, in the order of the groups."
+        return [length for length, starts in self.groups for _ in starts]
+
     @property
-    def equal(self) -> bool: return len(self.groups) == 1
+    def equal(self) -> bool:
+        "Whether all sequences are of one length."
+        return len(self.groups) == 1
+
     def scores(self) -> int:
         "Pairs of tokens that may look at each other."
         return sum(length ** 2 * len(starts) for length, starts in self.groups)

@@ -92,7 +92,9 @@ class DropPath(nn.Module):
         self.p = p
 
     def forward(self, x: Float[Tensor, 'b *rest']) -> Float[Tensor, 'b *rest']: return drop_path(x, self.p, self.training)
-    def extra_repr(self) -> str: return f'p={self.p}'
+    def extra_repr(self) -> str:
+        "The probability, for `print(model)`."
+        return f'p={self.p}'
 
 # %% ../../nbs/00_foundations/05_blocks.ipynb #e24aa842
 def drop_path_rates(rate: float, # of the last block

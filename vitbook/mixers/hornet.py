@@ -127,6 +127,7 @@ class GlobalLocalFilter(nn.Module):
         return self._kept[2]
 
     def train(self, mode: bool = True):
+        "Training mode or not; the filters kept for inference are forgotten."
         self._kept = None
         return super().train(mode)
 
@@ -277,8 +278,12 @@ class HorNet(Backbone):
             maps.append((self.out_norms[i](x) if self.out_norms else x).permute(0, 3, 1, 2))
         return maps
 
-    def forward_features(self, x: Float[Tensor, 'b i Y X']) -> Float[Tensor, 'b c y x']: return self.feature_maps(x)[-1]
+    def forward_features(self, x: Float[Tensor, 'b i Y X']) -> Float[Tensor, 'b c y x']:
+        "The last of the maps."
+        return self.feature_maps(x)[-1]
+
     def forward_head(self, x: Float[Tensor, 'b c y x'], pre_logits: bool = False) -> Float[Tensor, 'b k']:
+        "The mean over the map, normalised and classified; `pre_logits` stops before the head."
         x = self.norm(x.mean((2, 3)))
         return x if pre_logits else self.head(x)
 
@@ -417,6 +422,7 @@ class HorFPN(nn.Module):
 
     @staticmethod
     def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "The official neck's names turned into ours."
         parts = r'(proj_in|dwconv|pws|proj_out)\.'
         return _renamed(state_dict, (r'^(fpn_convs\.\d+\.(?:1\.)?)' + parts, r'\1gnconv.\2.'), (r'\.(?:bn|gn|ln|in)\.', '.norm.'))
 

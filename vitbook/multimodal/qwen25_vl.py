@@ -285,6 +285,7 @@ class Qwen25Vision(nn.Module):
                        patches: Float[Tensor, 'n d'],
                        grids: Sequence[Sequence[int]] | Int[Tensor, 'g 3'],
                       ) -> list[Float[Tensor, 'n c']]:   # after the embedding and after each block, patches window by window
+        "The patches after the embedding and after each block."
         at = self.layout(grids)
         if patches.shape[1] != self.patch_embed.in_features: raise ValueError(f'patches must have in_chans={self.in_chans} x {self.temporal_patch_size} frames x {self.patch_size}² = {self.patch_embed.in_features} numbers, got {patches.shape[1]}')
         if len(patches) != at.frames[-1]: raise ValueError(f'patches must be the {at.frames[-1]} of the grids, got {len(patches)}')
@@ -530,6 +531,7 @@ class Qwen25Decoder(nn.Module):
                        ends: Sequence[int] | Int[Tensor, 's'] | None = None, # segments of a pack that do not see each other: cu_seqlens, b = 1
                        cache: Cache | None = None,                   # what was read before; is extended
                       ) -> list[Float[Tensor, 'b n c']]:             # the input, and what each block makes of it
+        "The tokens after the embedding and after each block."
         (b, n, _), mask = x.shape, as_mask(mask)
         past = 0 if cache is None else len(cache)
         if ends is not None and (b != 1 or mask is not None or cache is not None or self.sliding_window is not None): raise ValueError(f'ends describe a pack in one row, without mask, cache or sliding_window, got a batch of {b}')

@@ -256,6 +256,7 @@ class ITransformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(embed_dim), nn.Linear(embed_dim, pred_len)
 
     def check(self, x: Tensor, x_mark: Tensor | None):
+        "ValueError if the lookback has another length than built for, or calendar features do not fit it."
         if x.shape[1] != self.seq_len: raise ValueError(f'x must have seq_len={self.seq_len} steps, got {x.shape[1]}')
         if x_mark is not None and x_mark.shape[:2] != x.shape[:2]: raise ValueError(f'x_mark must have the batch and steps of x, {tuple(x.shape[:2])}, got {tuple(x_mark.shape[:2])}')
 

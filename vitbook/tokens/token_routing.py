@@ -25,7 +25,7 @@ from ..backbone import Level
 from ..layers.attention import attention, attention_scores, masked_softmax
 from ..layers.block import Block, DropPath, drop_path_rates
 from ..layers.conv import DepthwiseConv2d, map_to_tokens, tokens_to_map
-from ..layers.embed import check_divisible, pair
+from ..layers.embed import check_batch, check_divisible, pair
 from ..layers.position import LearnedGrid, resize_position
 from ..registry import register_model
 
@@ -89,6 +89,7 @@ class Gate(nn.Module):
         with torch.autocast(x.device.type, enabled=False): return F.linear(x.to(weight.dtype), weight, bias)
 
     def decide(self, x: Float[Tensor, '*b d'], temperature: float = 1., noise: bool = True, shift: float = 0.) -> Float[Tensor, '*b']:
+        "1 where the gate opens and 0 where it shuts, with the gradient of a Gumbel softmax."
         s = self.scores(x)
         if shift: s = s + torch.tensor([0., shift], dtype=s.dtype, device=s.device)
         return gumbel_gate(s, temperature, noise and self.training)
@@ -124,7 +125,9 @@ class Kept(NamedTuple):
     index: Int[Tensor, 'm k']  # their tokens, selected ones first, in the order of the sequence; no token twice
     valid: Bool[Tensor, 'm k'] # False: padding, a token that is not selected
 
-    def take(self, x: Float[Tensor, 'b l c']) -> Float[Tensor, 'm k c']: return x[self.rows[:, None], self.index]
+    def take(self, x: Float[Tensor, 'b l c']) -> Float[Tensor, 'm k c']:
+        "The tokens at `index`, image by image."
+        return x[self.rows[:, None], self.index]
 
     def spread(self, t: Float[Tensor, 'm k c'], l: int) -> Float[Tensor, 'm l c']:
         "The selected tokens at their places, zeros elsewhere."
@@ -225,11 +228,13 @@ class ReducedAttention(nn.Module):
         return (7, 7) if self.linear else (grid[0] // self.sr_ratio, grid[1] // self.sr_ratio)
 
     def macs(self, grid: tuple[int, int]) -> int:
+        "Multiply-adds on all tokens of a map."
         d, l, m = self.proj.out_features, grid[0] * grid[1], math.prod(self.keys(grid))
         reduce = m * d * d if self.linear else m * self.sr_ratio ** 2 * d * d if self.sr_ratio > 1 else 0
         return 2 * l * d * d + reduce + 2 * m * d * d + 2 * l * m * d
 
     def keys_values(self, source: Float[Tensor, 'b l d'], grid: tuple[int, int]) -> tuple[Float[Tensor, 'b h m w'], Float[Tensor, 'b h m w']]:
+        "Keys and values, of a reduced map where there is a reduction."
         if self.linear or self.sr_ratio > 1:
             y = tokens_to_map(source, grid)
             source = self.norm(map_to_tokens(self.sr(F.adaptive_avg_pool2d(y, 7) if self.linear else y)))
@@ -237,7 +242,9 @@ class ReducedAttention(nn.Module):
         k, v = self.kv(source).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return k, v
 
-    def queries(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b h n w']: return self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+    def queries(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b h n w']:
+        "The queries, split into heads."
+        return self.q(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def forward(self,
                 x: Float[Tensor, 'b n d'],       # tokens that ask
@@ -255,12 +262,20 @@ class ConvMlp(nn.Module):
         self.fc1, self.fc2, self.linear, self.drop = nn.Linear(dim, hidden), nn.Linear(hidden, dim), linear, nn.Dropout(drop)
         self.dwconv = nn.ModuleDict({'dwconv': DepthwiseConv2d(hidden)})
 
-    def macs(self, grid: tuple[int, int]) -> int: return grid[0] * grid[1] * self.fc1.out_features * (2 * self.fc1.in_features + 9)
+    def macs(self, grid: tuple[int, int]) -> int:
+        "Multiply-adds on all tokens of a map."
+        return grid[0] * grid[1] * self.fc1.out_features * (2 * self.fc1.in_features + 9)
 
-    def widen(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n e']: return F.relu(self.fc1(x)) if self.linear else self.fc1(x)
+    def widen(self, x: Float[Tensor, 'b n d']) -> Float[Tensor, 'b n e']:
+        "The first linear map."
+        return F.relu(self.fc1(x)) if self.linear else self.fc1(x)
+
     def mix(self, hidden: Float[Tensor, 'b l e'], grid: tuple[int, int]) -> Float[Tensor, 'b l e']:
+        "The depthwise convolution over the hidden map."
         return map_to_tokens(self.dwconv['dwconv'](tokens_to_map(hidden, grid)))
-    def narrow(self, hidden: Float[Tensor, 'b n e']) -> Float[Tensor, 'b n d']: return self.drop(self.fc2(self.drop(F.gelu(hidden))))
+    def narrow(self, hidden: Float[Tensor, 'b n e']) -> Float[Tensor, 'b n d']:
+        "The nonlinearity and the second linear map."
+        return self.drop(self.fc2(self.drop(F.gelu(hidden))))
 
     def forward(self, x: Float[Tensor, 'b l d'], grid: tuple[int, int]) -> Float[Tensor, 'b l d']: return self.narrow(self.mix(self.widen(x), grid))
 
@@ -275,7 +290,9 @@ class PyramidBlock(nn.Module):
         self.attn = ReducedAttention(dim, num_heads, sr_ratio=sr_ratio, linear=linear, qkv_bias=qkv_bias, qk_scale=qk_scale, attn_drop=attn_drop, proj_drop=proj_drop)
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio), linear=linear, drop=proj_drop)
 
-    def macs(self, grid: tuple[int, int]) -> int: return self.attn.macs(grid) + self.mlp.macs(grid)
+    def macs(self, grid: tuple[int, int]) -> int:
+        "Multiply-adds on all tokens of a map."
+        return self.attn.macs(grid) + self.mlp.macs(grid)
 
     def forward(self,
                 x: Float[Tensor, 'b l d'],
@@ -307,7 +324,9 @@ class PyramidStage(nn.Module):
         self.blocks = nn.ModuleList(PyramidBlock(dim, num_heads, mlp_ratio, sr_ratio=sr_ratio, linear=linear, qkv_bias=qkv_bias, qk_scale=qk_scale, proj_drop=proj_drop,
                                                  attn_drop=attn_drop, drop_path=rate, norm_eps=norm_eps) for rate in (drop_path or [0.] * depth))
 
-    def macs(self, grid: tuple[int, int]) -> int: return sum(block.macs(grid) for block in self.blocks)
+    def macs(self, grid: tuple[int, int]) -> int:
+        "Multiply-adds on all tokens of a map."
+        return sum(block.macs(grid) for block in self.blocks)
 
     def forward(self, x: Float[Tensor, 'b l d'], grid: tuple[int, int], keep: Bool[Tensor, 'b l'] | None = None, gathered: bool = False, pad_to: int = 1,
                 rest: Float[Tensor, 'b l d'] | None = None) -> Float[Tensor, 'b l d']:
@@ -339,7 +358,10 @@ class OverlapEmbed(nn.Module):
         super().__init__()
         self.proj, self.norm = nn.Conv2d(in_chans, dim, kernel_size, stride, kernel_size // 2), nn.LayerNorm(dim)
 
-    def macs(self, grid: tuple[int, int]) -> int: return grid[0] * grid[1] * self.proj.weight.numel()   # grid: of what comes out
+    def macs(self, grid: tuple[int, int]) -> int:
+        "Multiply-adds; `grid` is that of the map that comes out."
+        return grid[0] * grid[1] * self.proj.weight.numel()   # grid: of what comes out
+
     def forward(self, x: Float[Tensor, 'b c y x']) -> Float[Tensor, 'b l d']: return self.norm(map_to_tokens(self.proj(x)))
 
 
@@ -349,7 +371,10 @@ class Downsample(nn.Module):
         super().__init__()
         self.norm, self.embed = nn.LayerNorm(dim, eps=norm_eps), OverlapEmbed(dim, out_dim, 3, 2)
 
-    def macs(self, grid: tuple[int, int]) -> int: return self.embed.macs((grid[0] // 2, grid[1] // 2))  # grid: of what goes in
+    def macs(self, grid: tuple[int, int]) -> int:
+        "Multiply-adds; `grid` is that of the map that goes in."
+        return self.embed.macs((grid[0] // 2, grid[1] // 2))  # grid: of what goes in
+
     def forward(self, x: Float[Tensor, 'b l d'], grid: tuple[int, int]) -> Float[Tensor, 'b m e']: return self.embed(tokens_to_map(self.norm(x), grid))
 
 # %% ../../nbs/04_tokens/01_token_routing.ipynb #03729d31
@@ -780,6 +805,7 @@ class Pyramid(nn.Module):
 
     def features(self, x: Float[Tensor, 'b c y x']) -> list[Float[Tensor, 'b d h w']]:
         "The map at the end of every scale, normalised, channels first. ValueError if channels or size do not fit."
+        check_batch(x)
         if x.shape[1] != self.in_chans: raise ValueError(f'x must have in_chans={self.in_chans} channels, got {x.shape[1]}')
         side = 4 * 2 ** (len(self.embed_dims) - 1)
         check_divisible('x', tuple(x.shape[2:]), (side, side), 'the coarsest stride')
@@ -794,9 +820,12 @@ class Pyramid(nn.Module):
 
     feature_maps = features
 
-    def forward_features(self, x: Float[Tensor, 'b c y x']) -> Float[Tensor, 'b n d']: return map_to_tokens(self.features(x)[-1])
+    def forward_features(self, x: Float[Tensor, 'b c y x']) -> Float[Tensor, 'b n d']:
+        "The tokens of the coarsest map, normalised."
+        return map_to_tokens(self.features(x)[-1])
 
     def forward_head(self, x: Float[Tensor, 'b n d'], pre_logits: bool = False) -> Float[Tensor, 'b k']:
+        "The mean over tokens, classified; `pre_logits` stops before the head."
         x = self.head_drop(x.mean(1))
         return x if pre_logits else self.head(x)
 
@@ -888,12 +917,14 @@ class Budget:
         return self.start + (self.target - self.start) * min(1., max(0., done))
 
     def loss(self, model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
+        "The task's loss and, weighted, the distance of the batch's cost from this step's target."
         x, y = batch
         logits, routing = model(x, return_routing=True)
         self.costs.append(routing.relative.mean().item())
         return self.task(logits, y) + self.weight * budget_loss(routing.cost, routing.costs.base, self.now())
 
     def after(self, moment: Any):   # what `fit` hands to a callback
+        "A callback of `fit`: keeps the step, and moves the gates' averages."
         self.step = moment.step
         update_momentum(moment.model, self.momentum)
 
