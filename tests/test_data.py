@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 
 from vitbook import data
 
@@ -20,6 +21,23 @@ def test_digits_shapes_and_range(size):
     d = data.digits('test', size=size)
     assert d.images.shape == (len(d), 1, size, size) and d.images.dtype == torch.float32 and d.labels.dtype == torch.int64
     assert 0 <= d.images.min() and d.images.max() <= 1 and d.classes == tuple('0123456789')
+
+
+def test_enlarged_digits_have_their_cells_in_place():
+    "Each cell of 8x8 becomes four, between the centres linear: at the edge as it was, a quarter of the way to the neighbour else."
+    small, large = data.digits('test').images, data.digits('test', size=16).images
+    index = torch.arange(16)
+    near, other = index // 2, (index // 2 + index % 2 * 2 - 1).clamp(0, 7)
+    mixed = lambda x: .75 * x[..., near] + .25 * x[..., other]
+    assert_close(large, mixed(mixed(small).mT).mT.clamp(0, 1), atol=1e-5, rtol=0)
+    assert_close(data.digits('test', size=4).images[..., 1:3, 1:3], small_to_4(small), atol=1e-5, rtol=0)
+
+
+def small_to_4(x):
+    "Halved, away from the edge: triangles four cells wide."
+    weights = torch.zeros(4, 8)
+    for i in range(1, 3): weights[i, 2 * i - 1:2 * i + 3] = torch.tensor([1., 3., 3., 1.]) / 8
+    return (weights @ x @ weights.T)[..., 1:3, 1:3]
 
 
 def test_digits_split_is_a_fixed_partition():

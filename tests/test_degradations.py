@@ -90,6 +90,15 @@ def test_haze_follows_a_given_depth():
     assert far.alpha[:10].mean() > far.alpha[-10:].mean()
 
 
+def test_hills_of_the_haze_reach_the_edges():
+    "Drawn on a grid of 4x4 whose corners are those of the picture, smooth between."
+    rng = np.random.RandomState(3)
+    rng.uniform(.75, .95)
+    hills = torch.from_numpy(rng.uniform(-1, 1, (4, 4))).float()
+    depth = -torch.log1p(-D.haze((7, 10), .5, 3).alpha) / 1.5
+    assert_close(depth[::2, ::3], torch.linspace(1, .3, 7)[::2, None] + .25 * hills, atol=1e-5, rtol=0)
+
+
 def test_noise_blur_and_darkness_are_what_the_text_says(photo):
     grey = torch.full((3, 64, 64), .5)
     assert abs(D.noise(grey, .4).std() - .1) < .01

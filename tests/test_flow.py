@@ -283,6 +283,26 @@ def test_judge_is_the_same_every_time_and_leaves_the_random_numbers_alone():
     assert not any(p.requires_grad for p in a.parameters())
 
 
+def test_sizes_before_the_judge():
+    "It sees 8x8: larger pictures are smoothed down; real digits are first made as large as the samples."
+    seen = []
+    class Spy(F.DigitJudge):
+        def features(self, images):
+            seen.append(images)
+            return super().features(images)
+    judge, x = Spy().eval(), torch.rand(3, 1, 16, 16)
+    half = torch.zeros(8, 16)
+    for i in range(8):
+        weights = {j: w for j, w in zip(range(2 * i - 1, 2 * i + 3), (1., 3., 3., 1.)) if 0 <= j < 16}       # a triangle four cells wide, cut at the edge
+        for j, w in weights.items(): half[i, j] = w / sum(weights.values())
+    with torch.no_grad(): assert_close(judge.features(x), judge.features(half @ x @ half.T), atol=1e-5, rtol=1e-4)
+    seen.clear()
+    F.judge_digits(x, torch.tensor([1, 1, 4]), judge)
+    real = data.digits('test', size=16)
+    assert_close(seen[0], torch.cat([real.images[real.labels == k] for k in (1, 4)]))
+    assert seen[-1].shape == (3, 1, 16, 16)
+
+
 def test_frechet_distance_of_gaussians():
     g = torch.Generator().manual_seed(0)
     a, b = torch.randn(20_000, 3, generator=g), torch.randn(20_000, 3, generator=g) * torch.tensor([1., 2., .5]) + torch.tensor([1., 0., 0.])

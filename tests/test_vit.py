@@ -29,7 +29,7 @@ def norm(x, layer, eps=1e-6): return F.layer_norm(x, x.shape[-1:], layer.weight,
 
 
 OPTIONS = [{}, dict(reg_tokens=2), dict(no_embed_class=True), dict(no_embed_class=True, reg_tokens=3), dict(global_pool='avg'), dict(global_pool='avg', class_token=False), dict(global_pool='avg', class_token=False, reg_tokens=2),
-           dict(global_pool='avg', reg_tokens=1, no_embed_class=True), dict(distilled=True), dict(distilled=True, reg_tokens=1), dict(init_values=.1), dict(qk_norm=True), dict(qkv_bias=False), dict(mlp_ratio=2.), dict(norm_eps=.1), dict(num_classes=0),
+           dict(global_pool='avg', norm_eps=.1), dict(global_pool='avg', reg_tokens=1, no_embed_class=True), dict(distilled=True), dict(distilled=True, reg_tokens=1), dict(init_values=.1), dict(qk_norm=True), dict(qkv_bias=False), dict(mlp_ratio=2.), dict(norm_eps=.1), dict(num_classes=0),
            dict(num_classes=0, global_pool='avg'), dict(num_classes=0, distilled=True), dict(patch_size=(4, 8)), dict(dynamic_img_size=True)]
 each = pytest.mark.parametrize('options', OPTIONS, ids=lambda o: ' '.join(o) or 'plain')
 
