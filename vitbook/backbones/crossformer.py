@@ -27,6 +27,7 @@ from ..layers.block import DropPath, Mlp, drop_path_rates, is_plain
 from ..layers.embed import pair
 from ..layers.position import LearnedGrid, resize_position
 from ..registry import register_model
+from ..weights import renamed
 
 # %% ../../nbs/03_backbones/02_crossformer.ipynb #90a2dcd4
 def split_widths(dim: int,    # channels of a token
@@ -334,12 +335,8 @@ class OfficialNames(LearnedGrid, Backbone):
                  (r'^layers\.(\d+)\.downsample\.reductions\.', r'merges.\1.embed.projs.'), (r'^layers\.(\d+)\.downsample\.norm\.', r'merges.\1.norm.'),
                  (r'\.pos\.pos_proj\.', '.pos.proj.'), (r'\.pos\.pos(\d)\.', lambda m: f'.pos.layers.{int(m[1]) - 1}.'),
                  (r'\.ex_conv\.', '.cool.conv.'), (r'\.ex_ln\.', '.cool.norm.'), (r'\.cpe\.(weight|bias)$', r'.cpe.conv.\1'), (r'\.norm_cpe\.', '.cpe.norm.')]
-        out = {}
-        for name, value in state_dict.items():
-            if re.search(r'\.(relative_position_index|biases|attn_mask)$', name): continue
-            for pattern, new in rules: name = re.sub(pattern, new, name)
-            out[name] = value
-        return out
+        tables = re.compile(r'\.(relative_position_index|biases|attn_mask)$')
+        return renamed({k: v for k, v in state_dict.items() if not tables.search(k)}, rules)
 
     @staticmethod
     def official_arguments(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:

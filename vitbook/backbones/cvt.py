@@ -23,6 +23,7 @@ from ..layers.block import DropPath, Mlp, drop_path_rates, is_plain
 from ..layers.conv import map_to_tokens
 from ..layers.embed import pair
 from ..registry import register_model
+from ..weights import renamed
 
 # %% ../../nbs/03_backbones/01_cvt.ipynb #1ed4b734
 def conv_size(size: tuple[int, int],             # rows, columns
@@ -392,14 +393,14 @@ class CvT(Backbone):
 
     @staticmethod
     def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        "Names of the official code, or of Hugging Face's version, turned into ours. A batch norm's counter is added where it is missing."
-        return _renamed(state_dict)
+        "Names of the official code, or of Hugging Face's version, turned into ours."
+        return renamed(state_dict, _names)
 
     @staticmethod
     def official_arguments(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         """What the weights tell: widths, depths, kernels, MLP ratios, class tokens, biases. What they do not is assumed: heads of 64 channels, padding and strides as in the paper,
         and without depthwise kernels an average (the official code cannot run its 'linear' by itself)."""
-        return _told(_renamed(state_dict))
+        return _told(renamed(state_dict, _names))
 
 # %% ../../nbs/03_backbones/01_cvt.ipynb #71d10a7d
 _names = [  # Hugging Face's names first, then the official ones -> ours
@@ -410,15 +411,6 @@ _names = [  # Hugging Face's names first, then the official ones -> ours
     (r'^layernorm\.', 'norm.'), (r'^classifier\.', 'head.'), (r'^stage(\d+)\.', r'stages.\1.')]
 
 # %% ../../nbs/03_backbones/01_cvt.ipynb #58e6cb48
-def _renamed(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    "Names of other versions turned into ours."
-    out = {}
-    for name, value in state_dict.items():
-        for pattern, new in _names: name = re.sub(pattern, new, name)
-        out[name] = value
-    for name in [n for n in out if n.endswith('.running_mean')]: out.setdefault(name.replace('running_mean', 'num_batches_tracked'), torch.tensor(0))
-    return out
-
 def _told(sd: Mapping[str, Tensor]) -> dict[str, Any]:
     "Arguments of `CvT` that weights under our names tell."
     depth = lambda i: 1 + max(int(re.match(rf'stages\.{i}\.blocks\.(\d+)', n)[1]) for n in sd if n.startswith(f'stages.{i}.blocks.'))

@@ -22,6 +22,7 @@ from ..layers.conv import tokens_to_map
 from ..layers.embed import check_batch, check_divisible, pair, patchify
 from ..layers.position import LearnedGrid, resize_position
 from ..registry import register_model
+from ..weights import joined, known_heads, renamed
 
 # %% ../../nbs/03_backbones/03_tnt.ipynb #24712cdb
 class WordEmbed(nn.Module):
@@ -202,23 +203,24 @@ class OfficialTNT(LearnedGrid, Backbone):
     @staticmethod
     def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "The official code's names turned into ours: queries and keys are joined with values; `outer_tokens`, zeros that nothing ever uses, is left out."
-        out, joined = {}, {}
-        for name, value in state_dict.items():
-            if name == 'outer_tokens': continue
-            new = name
-            for pattern, by in _official: new = re.sub(pattern, by, new)
-            if at := re.match(r'(.*\.attn)\.(qk|v)\.(weight|bias)$', new): joined.setdefault(f'{at[1]}.qkv.{at[3]}', {})[at[2]] = (name, value)
-            else: out[new] = value
-        for new, parts in joined.items():
-            if len(parts) == 2: out[new] = torch.cat([parts['qk'][1], parts['v'][1]])
-            else: out |= dict(parts.values())           # half of it is missing: under its old name, the error will list it
-        return out
+        used = {k: v for k, v in state_dict.items() if k != 'outer_tokens'}
+        halves = [k for k in used if re.search(r'_attn\.(qk|v)\.(weight|bias)$', k)]
+        other = {'qk': 'v', 'v': 'qk'}
+        pair = lambda k: re.sub(r'\.(qk|v)\.', lambda m: f'.{other[m[1]]}.', k)
+        alone = {k: used[k] for k in halves if pair(k) not in used}    # under their old names, the error will list them
+        return joined(renamed({k: v for k, v in used.items() if k not in alone}, _official), ('qk', 'v')) | alone
 
     @staticmethod
-    def official_arguments(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What the weights tell, and the paper's numbers for what they do not: 16 pixels a patch, sentence heads of width 64, 4 word heads (2 for words of width 12). A square grid is assumed if it can be square.
+    def official_arguments(
+        state_dict: Mapping[str, Tensor],
+        num_heads: int | None = None,           # of sentences; weights do not tell it
+        inner_num_heads: int | None = None,     # of words
+    ) -> dict[str, Any]:
+        """What the weights tell, and the paper's numbers for what they do not.
 
-        ValueError if these are no weights of a TNT."""
+        These are 16 pixels a patch and the heads of the published model of this width; for another width heads
+        have to be said. A square grid is assumed if it can be square. ValueError if these are no weights of a
+        TNT, or of a width without published heads."""
         sd = state_dict
         if absent := {'inner_pos', 'outer_pos', 'patch_embed.proj.weight'} - set(sd): raise ValueError(f'state_dict is of no official TNT: it has no {", ".join(sorted(absent))}')
         (_, m, c), (_, n, d), (_, chans, k, _) = (sd[name].shape for name in ('inner_pos', 'outer_pos', 'patch_embed.proj.weight'))
@@ -227,8 +229,8 @@ class OfficialTNT(LearnedGrid, Backbone):
         hidden = [(len(sd[name]), width) for kind, width in (('outer', d), ('inner', c)) for i in blocks if (name := f'blocks.{i}.{kind}_mlp.fc1.weight') in sd]
         ratio = max((h / width for h, width in hidden), default=4.)
         if any(int(width * ratio) != h for h, width in hidden): ratio = (ratio + min((h + 1) / width for h, width in hidden)) / 2     # no round number: any that gives these widths
-        return dict(patch_size=16, in_chans=chans, num_classes=len(sd['head.weight']) if 'head.weight' in sd else 0, embed_dim=d, inner_dim=c, depth=len(blocks), num_heads=max(d // 64, 1),
-                    inner_num_heads=2 if c == 12 else 4, mlp_ratio=ratio, qkv_bias='blocks.0.outer_attn.v.bias' in sd,
+        return dict(patch_size=16, in_chans=chans, num_classes=len(sd['head.weight']) if 'head.weight' in sd else 0, embed_dim=d, inner_dim=c, depth=len(blocks), num_heads=known_heads(num_heads, d, {192: 3, 384: 6, 640: 10}),
+                    inner_num_heads=known_heads(inner_num_heads, c, {12: 2, 24: 4, 40: 4}, 'inner_num_heads'), mlp_ratio=ratio, qkv_bias='blocks.0.outer_attn.v.bias' in sd,
                     inner_stride=math.ceil(16 / across), inner_kernel=k, se='blocks.0.se_layer.fc.0.weight' in sd,
                     inner_blocks=sorted(i for i in blocks if f'blocks.{i}.proj.weight' in sd)) | (dict(img_size=16 * side) if side * side == n - 1 else {})
 

@@ -24,7 +24,8 @@ from ..kernels.set_attention import set_attention
 from ..layers.attention import attention
 from ..layers.block import Mlp, is_plain
 from ..layers.voxels import DynamicVFE, Windows, to_bev, voxel_windows
-from ..registry import load_weights, register_model
+from ..registry import register_model
+from ..weights import Official, known_heads, load_weights, renamed  # noqa: F401
 
 # %% ../../nbs/05_detection/06_dsvt.ipynb #885aabcf
 def naive_set_positions(n: int, size: int) -> list[list[int]]:
@@ -280,8 +281,7 @@ def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "The entries of an official backbone, alone or inside a detector, under the names of ours."
     if any(k.startswith('backbone_3d.') for k in state_dict): state_dict = {k.removeprefix('backbone_3d.'): v for k, v in state_dict.items() if k.startswith('backbone_3d.')}
     found = {}
-    for name, value in state_dict.items():
-        for old, new in _NAMES: name = re.sub(old, new, name)
+    for name, value in renamed(state_dict, _NAMES).items():
         if m := re.fullmatch(r'(pools\.\d+\.)qkv\.(weight|bias)', name):
             c = len(value) // 3
             found |= {f'{m[1]}q.{m[2]}': value[:c], f'{m[1]}kv.{m[2]}': value[c:]}
@@ -296,7 +296,7 @@ class Stage(NamedTuple):
 
 Triple = Sequence[int]
 
-class DSVT(nn.Module):
+class DSVT(Official, nn.Module):
     """Dynamic Sparse Voxel Transformer: stages of blocks of set attention, with pooling between stages. Sizes are in the order x, y, z, coordinates are scene, z, y, x.
 
     ValueError if numbers of stages, channels or heads do not fit. Source: arXiv:2301.06051, sec. 3."""
@@ -402,10 +402,20 @@ class DSVT(nn.Module):
         "The entries of an official backbone, alone or inside a detector, under the names of ours."
         return official_names(state_dict)
 
-    def from_official(self, state_dict: Mapping[str, Tensor]):
-        "Load official weights, and answer the model in eval mode. ValueError names what does not fit."
-        load_weights(self, official_names(state_dict))
-        return self.eval()
+    @staticmethod
+    def official_arguments(
+        state_dict: Mapping[str, Tensor],
+        num_heads: int | None = None,       # weights do not tell it: 8 in the published models
+    ) -> dict[str, Any]:
+        "Widths, depths, MLPs, and how stages are pooled; grids, sets and windows are the constructor's defaults."
+        sd = official_names(state_dict)
+        firsts = [sd[k] for i in range(len(sd)) if (k := f'stages.{i}.0.layers.0.mlp.fc1.weight') in sd]
+        if not firsts: raise ValueError(f'state_dict is of no DSVT: it has no stages, but {", ".join(list(state_dict)[:3])}')
+        depths = [len({k.split('.')[2] for k in sd if k.startswith(f'stages.{i}.')}) for i in range(len(firsts))]
+        kind = 'linear' if 'pools.0.linear.weight' in sd else 'attention' if 'pools.0.pos' in sd else 'maxpool'
+        return dict(embed_dim=[w.shape[1] for w in firsts], depths=depths, mlp_ratio=[w.shape[0] / w.shape[1] for w in firsts],
+                    num_heads=known_heads(num_heads, firsts[0].shape[1], {192: 8, 128: 8}),
+                    **dict(pooling=kind) if len(firsts) > 1 else {})
 
 # %% ../../nbs/05_detection/06_dsvt.ipynb #d199ecaa
 class ResBlock2d(nn.Module):
@@ -646,7 +656,7 @@ def center_loss(maps: Mapping[str, Tensor], targets: Sequence[Targets], cell: Se
     return losses
 
 # %% ../../nbs/05_detection/06_dsvt.ipynb #52635b91
-class DSVTDetector(nn.Module):
+class DSVTDetector(Official, nn.Module):
     """Points to boxes: voxel features, DSVT, a map seen from above, 2-D convolutions, heat maps of centres. `forward` answers the maps.
 
     ValueError if voxels and grid do not fit, or height is left after the last stage. Source: arXiv:2301.06051, sec. 4."""
@@ -695,11 +705,6 @@ class DSVTDetector(nn.Module):
         found = {f'backbone.{k}': v for k, v in official_names(state_dict).items()} if any(k.startswith('backbone_3d.') for k in state_dict) else {}
         for old, new in parts: found |= {re.sub(old, new, k): v for k, v in state_dict.items() if re.match(old, k) and not (old == r'^dense_head\.' and k.startswith('dense_head.heads_list.0.'))}
         return found
-
-    def from_official(self, state_dict: Mapping[str, Tensor]):
-        "Load official weights, and answer the model in eval mode. ValueError names what does not fit."
-        load_weights(self, self.official_names(state_dict))
-        return self.eval()
 
     @torch.no_grad()
     def detect(self, points: Float[Tensor, 'p f'], scenes: int | None = None, **options: Any) -> list[Detections]:

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'NORMS', 'FUSED', 'QKV', 'attention_entropy', 'EntropyTrace', 'extremal_logits', 'entropy_bound',
            'row_length', 'wide', 'exact', 'joined', 'weight_mark', 'power_step', 'first_vector', 'Sigma',
            'check_options', 'SigmaLinear', 'SigmaConv1d', 'SigmaConv2d', 'SigmaConv3d', 'SigmaMultiheadAttention',
-           'sigma_layers', 'drop_norms', 'convert', 'fold', 'bypassed', 'spectral_norms', 'from_official',
+           'sigma_layers', 'drop_norms', 'convert', 'fold', 'bypassed', 'spectral_norms', 'official_names',
            'adam_update', 'adam_update_bound', 'SigmaVisionTransformer', 'sigma_vit_base_patch16_224',
            'sigma_vit_large_patch16_224', 'PowerIteration']
 
@@ -458,7 +458,7 @@ def spectral_norms(model: nn.Module) -> dict[str, float]:
         if W is not None: out[name] = torch.linalg.matrix_norm(W.flatten(1).to(wide(W.dtype)), 2).item()
     return out
 
-def from_official(state_dict: Mapping[str, Tensor], # of the official PyTorch layers, or of a model made of them
+def official_names(state_dict: Mapping[str, Tensor], # of the official PyTorch layers, or of a model made of them
                   model: nn.Module,                 # its counterpart here, whose shapes the kernels take
                  ) -> dict[str, Tensor]:
     "Official names and shapes turned into ours: sigma is gamma, kernels are stored flat, the weight is stored twice, and recorded norms are no state of ours."

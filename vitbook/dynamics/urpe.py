@@ -7,14 +7,14 @@ __all__ = ['ACTIVATIONS', 'row_spread', 'distance_floor', 'by_class', 'toeplitz_
            'URPEAttended', 'urpe_attention', 'step_table', 'is_attentive', 'is_position_aware', 'PositionsFromURPE',
            'offset_buckets', 'RelativeTable', 'RelativeTable2d', 'shortest_paths', 'Task', 'position_identification',
            'even_token_prediction', 'task_loss', 'task_accuracy', 'URPEAttention', 'URPEBlock', 'LMHead', 'URPEncoder',
-           'join_qkv', 'from_official', 'URPEVisionTransformer', 'with_urpe', 'urpe_synthetic', 'urpe_synthetic_rpe',
+           'join_qkv', 'URPEVisionTransformer', 'with_urpe', 'urpe_synthetic', 'urpe_synthetic_rpe',
            'urpe_synthetic_nope', 'urpe_vit_tiny_patch16_224', 'urpe_vit_small_patch16_224',
            'urpe_vit_base_patch16_224', 'blockwise_urpe_attention', 'log_factor_attention']
 
 # %% ../../nbs/01_dynamics/03_urpe.ipynb #1f4288ea
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,8 @@ from torch.autograd.function import once_differentiable
 from ..layers.attention import Attention, attention, attention_scores, blockwise_attention, masked_softmax
 from ..layers.embed import pair
 from ..layers.position import apply_rope, relative_index
-from ..registry import load_weights, register_model
+from ..registry import register_model
+from ..weights import Official, joined, renamed
 from ..vit import VisionTransformer
 
 # %% ../../nbs/01_dynamics/03_urpe.ipynb #25ed51d4
@@ -427,7 +428,7 @@ class LMHead(nn.Module):
         return F.linear(self.norm(self.act(self.dense(x))), self.weight if weight is None else weight, self.bias)
 
 # %% ../../nbs/01_dynamics/03_urpe.ipynb #c2908556
-class URPEncoder(nn.Module):
+class URPEncoder(Official, nn.Module):
     """A Transformer over tokens with relative biases B, factors C, both or neither: the encoder of the paper's synthetic tasks, with the options of its code.
 
     ValueError if a sequence is longer than the tables reach. Source: arXiv:2205.13401, sec. 5.1."""
@@ -536,52 +537,63 @@ class URPEncoder(nn.Module):
         if return_states: return states
         return states[-1] if self.head is None else self.head(states[-1], self.embed.weight if self.tied else None)
 
+    @staticmethod
+    def official_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "Names of the official encoder, alone or inside its RoBERTa model, turned into ours."
+        dropped = '_float_tensor', 'classification_heads'
+        return join_qkv(renamed({k: v for k, v in weights.items() if not any(x in k for x in dropped)}, _names))
+
+    @staticmethod
+    def official_arguments(
+        weights: Mapping[str, Tensor],
+        config: Mapping[str, Any] = {},         # of the official constructor; else its defaults
+    ) -> dict[str, Any]:
+        "The constructor's arguments of the official ones, and of the weights. ValueError for unknown ones."
+        return _arguments(URPEncoder.official_names(weights), config)
+
+    def resized(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "Where the words' matrix is the head's too, it may be there under either name, or both."
+        if not self.tied or 'head.weight' not in weights: return dict(weights)
+        return {k: v for k, v in weights.items() if k != 'head.weight'} | {'embed.weight': weights['head.weight']}
+
 # %% ../../nbs/01_dynamics/03_urpe.ipynb #397bfab3
 _defaults = dict(padding_idx=1, vocab_size=None, num_encoder_layers=6, embedding_dim=768, ffn_embedding_dim=3072, num_attention_heads=8, dropout=.1, attention_dropout=.1, activation_dropout=.1,
                  layerdrop=0., max_seq_len=256, num_segments=2, use_position_embeddings=True, offset_positions_by_padding=True, encoder_normalize_before=False, apply_bert_init=False,
                  activation_fn='relu', learned_pos_embedding=True, embed_scale=None, freeze_embeddings=False, n_trans_layers_to_freeze=0, export=False, traceable=False, q_noise=0., qn_block_size=8,
                  rel_pos=True, rel_pos_unique=False, rp_bucket=64, max_rp=128, ur_attn=True, ur_attn_unique=False, ur_rp_bucket=64, ur_max_rp=128, untie_weights_roberta=False)
-_names = {'embed_tokens.': 'embed.', 'segment_embeddings.': 'segment_embed.', 'embed_positions.': 'pos_embed.', 'emb_layer_norm.': 'embed_norm.', 'quant_noise.': 'embed_linear.',
-          'rp_bias.': 'bias_table.', 'ur_rp_bias.': 'factor_table.', 'lm_head.layer_norm.': 'head.norm.', 'lm_head.': 'head.'}
-_layer_names = {'self_attn_layer_norm.': 'norm1.', 'final_layer_norm.': 'norm2.', 'self_attn.': 'attn.'}
+_names = (
+    (r'^encoder\.', ''), (r'^sentence_encoder\.', ''), (r'^layers\.', 'blocks.'),
+    (r'^(blocks\.\d+\.)self_attn_layer_norm\.', r'\1norm1.'), (r'^(blocks\.\d+\.)final_layer_norm\.', r'\1norm2.'),
+    (r'^(blocks\.\d+\.)self_attn\.', r'\1attn.'), (r'^embed_tokens\.', 'embed.'),
+    (r'^segment_embeddings\.', 'segment_embed.'), (r'^embed_positions\.', 'pos_embed.'),
+    (r'^emb_layer_norm\.', 'embed_norm.'), (r'^quant_noise\.', 'embed_linear.'), (r'^rp_bias\.', 'bias_table.'),
+    (r'^ur_rp_bias\.', 'factor_table.'), (r'^lm_head\.layer_norm\.', 'head.norm.'), (r'^lm_head\.', 'head.'))
 
 # %% ../../nbs/01_dynamics/03_urpe.ipynb #09979157
 def join_qkv(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "The official attention's q_proj, k_proj, v_proj as our qkv, and out_proj as proj; other entries stay."
-    out, parts = {}, {}
-    for name, value in state_dict.items():
-        where, _, last = name.rpartition('_proj.')
-        if where and where[-1] in 'qkv' and where[-2:-1] in ('', '.'): parts.setdefault((where[:-1], last), {})[where[-1]] = value
-        else: out[name.replace('out_proj.', 'proj.')] = value
-    return out | {f'{where}qkv.{last}': torch.cat([p[x] for x in 'qkv']) for (where, last), p in parts.items()}
+    return joined(renamed(state_dict, [(r'(^|\.)out_proj\.', r'\1proj.')]), ('q_proj', 'k_proj', 'v_proj'))
 
-
-def from_official(state_dict: Mapping[str, Tensor], # of TransformerSentenceEncoder, or of the RoBERTa model around it
-                  config: Mapping,                  # its constructor's arguments; what is left out has the official default
-                 ) -> URPEncoder:
-    "The official encoder as a URPEncoder that gives the same numbers, in eval mode. ValueError for arguments it does not know and weights that do not fit."
+def _arguments(names: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, Any]:
+    "Arguments of URPEncoder that the official ones mean, and weights under our names."
     if unknown := set(config) - set(_defaults): raise ValueError(f'config has unknown arguments {sorted(unknown)}')
+    words = names.get('embed.weight', names.get('head.weight'))
+    if words is None: raise ValueError(f'weights are of no URPE encoder: they have no embed_tokens.weight, got {list(names)[:3]} …')
     c = _defaults | dict(config)
-    strip = lambda k: k.removeprefix('encoder.').removeprefix('sentence_encoder.')
-    given = {strip(k): v for k, v in state_dict.items() if not k.endswith('_float_tensor') and 'classification_heads' not in k}
-    head = None if 'lm_head.bias' not in given else 'untied' if c['untie_weights_roberta'] else 'tied'
-    if head == 'tied': given['embed_tokens.weight'] = given.pop('lm_head.weight', given['embed_tokens.weight'])
-    sd = {}
-    for name, value in join_qkv(given).items():
-        at, i, rest = '', 0, name
-        if name.startswith('layers.'): at, i, rest = name.split('.', 2)
-        for old, new in (_layer_names if at else _names).items():
-            if rest.startswith(old): rest = new + rest[len(old):]; break
-        sd[f'blocks.{i}.{rest}' if at else rest] = value
-    model = URPEncoder(
-        given['embed_tokens.weight'].shape[0], c['max_seq_len'], c['embedding_dim'], c['num_encoder_layers'], c['num_attention_heads'], c['ffn_embedding_dim'] / c['embedding_dim'],
-        bias=('offset' if c['rel_pos_unique'] else 'bucket') if c['rel_pos'] else None, factor=('offset' if c['ur_attn_unique'] else 'bucket') if c['ur_attn'] else None,
-        bias_buckets=c['rp_bucket'], bias_max_distance=c['max_rp'], factor_buckets=c['ur_rp_bucket'], factor_max_distance=c['ur_max_rp'], act=c['activation_fn'],
-        embed_norm=c['encoder_normalize_before'], padding_idx=c['padding_idx'], embed_scale=c['embed_scale'], embed_linear=c['q_noise'] > 0, num_segments=c['num_segments'],
-        positions=('learned' if c['learned_pos_embedding'] else 'sinusoidal') if c['use_position_embeddings'] else None, offset_positions=c['offset_positions_by_padding'], head=head,
-        drop_rate=c['dropout'], attn_drop_rate=c['attention_dropout'], act_drop_rate=c['activation_dropout'])
-    load_weights(model, sd)
-    return model.eval()
+    bias = ('offset' if c['rel_pos_unique'] else 'bucket') if c['rel_pos'] else None
+    factor = ('offset' if c['ur_attn_unique'] else 'bucket') if c['ur_attn'] else None
+    positions = ('learned' if c['learned_pos_embedding'] else 'sinusoidal') if c['use_position_embeddings'] else None
+    head = None if 'head.bias' not in names else 'untied' if c['untie_weights_roberta'] else 'tied'
+    return dict(
+        vocab_size=words.shape[0], max_len=c['max_seq_len'], embed_dim=c['embedding_dim'],
+        depth=c['num_encoder_layers'], num_heads=c['num_attention_heads'],
+        mlp_ratio=c['ffn_embedding_dim'] / c['embedding_dim'], bias=bias, factor=factor,
+        bias_buckets=c['rp_bucket'], bias_max_distance=c['max_rp'], factor_buckets=c['ur_rp_bucket'],
+        factor_max_distance=c['ur_max_rp'], act=c['activation_fn'], embed_norm=c['encoder_normalize_before'],
+        padding_idx=c['padding_idx'], embed_scale=c['embed_scale'], embed_linear=c['q_noise'] > 0,
+        num_segments=c['num_segments'], positions=positions,
+        offset_positions=c['offset_positions_by_padding'], head=head, drop_rate=c['dropout'],
+        attn_drop_rate=c['attention_dropout'], act_drop_rate=c['activation_dropout'])
 
 # %% ../../nbs/01_dynamics/03_urpe.ipynb #51d13983
 class URPEVisionTransformer(VisionTransformer):

@@ -16,11 +16,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Complex, Float
 from torch import Tensor, nn
-from ..backbone import Backbone, Level, ClassOrObject
+from ..backbone import Backbone, Level
 from ..kernels.entropy_attention import widened
 from ..layers.block import DropPath, LayerScale, Mlp, drop_path_rates, is_plain
 from ..layers.conv import tokens_to_map
-from ..registry import load_weights, register_model
+from ..registry import register_model
+from ..weights import Official, load_weights, renamed  # noqa: F401
 
 # %% ../../nbs/02_mixers/04_hornet.ipynb #7f4d2ebc
 class LocalFilter(nn.Conv2d):
@@ -184,11 +185,9 @@ class HorBlock(nn.Module):
 # %% ../../nbs/02_mixers/04_hornet.ipynb #fea02d81
 def _renamed(state_dict: Mapping[str, Tensor], *patterns: tuple[str, str]) -> dict[str, Tensor]:
     "Entries renamed by patterns, one after the other; the 1x1 kernels of a gated convolution become matrices."
-    found = {}
-    for name, value in state_dict.items():
-        for old, new in patterns: name = re.sub(old, new, name)
-        found[name] = value.flatten(1) if re.search(r'(proj_in|proj_out|pws\.\d+)\.weight$', name) and value.dim() == 4 else value
-    return found
+    matrix = re.compile(r'(proj_in|proj_out|pws\.\d+)\.weight$')
+    found = renamed(state_dict, patterns)
+    return {k: v.flatten(1) if matrix.search(k) and v.dim() == 4 else v for k, v in found.items()}
 
 def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "The entries of an official HorNet under the names of ours."
@@ -362,7 +361,7 @@ class ConvNorm(nn.Module):
     def forward(self, x: Float[Tensor, 'b i y x']) -> Float[Tensor, 'b o v u']: return self.act(self.norm(self.conv(x)))
 
 
-class HorFPN(nn.Module):
+class HorFPN(Official, nn.Module):
     """Feature pyramid whose output convolutions are gated: maps of a backbone to as many maps of one width, and further ones by pooling or strided convolutions.
 
     ValueError if levels and number of outputs do not go together. Source: arXiv:2207.14284, sec. 3.3; official code, gn_fpn.py."""
@@ -440,12 +439,11 @@ class HorFPN(nn.Module):
                     norm_layer=nn.BatchNorm2d if any('.bn.' in k for k in state_dict) else None, no_norm_on_lateral='lateral_convs.0.bn.weight' not in state_dict,
                     **_gnconv_arguments(state_dict, 'fpn_convs.0.'))
 
-    @ClassOrObject
-    def from_official(self, state_dict):
-        "This pyramid with the weights of an official one, in eval mode; on the class, a new one. ValueError with everything that does not fit."
-        own, state_dict = self.state_dict(), self.official_names(state_dict)
-        load_weights(self, {k: resize_spectra(v, tuple(own[k].shape[1:3])) if k in own and k.endswith('complex_weight') else v for k, v in state_dict.items()})
-        return self.eval()
+    def resized(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "Spectra at the size that this model stores."
+        own = self.state_dict()
+        return {k: resize_spectra(v, tuple(own[k].shape[1:3])) if k in own and k.endswith('complex_weight') else v
+                for k, v in weights.items()}
 
 # %% ../../nbs/02_mixers/04_hornet.ipynb #03030c2b
 class GnConvTokens(nn.Module):

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Grid', 'PIXEL_MEAN', 'PIXEL_STD', 'smart_resize', 'to_patches', 'from_patches', 'check_grids', 'prepare',
            'sample_frames', 'frame_pixels', 'patch_positions', 'axial_angles', 'frequencies', 'rotate', 'window_order',
-           'frame_ends', 'Layout', 'PatchAttention', 'PatchBlock', 'PatchMerger', 'init_weights', 'Qwen25Vision',
-           'vision_ids', 'as_mask', 'mrope_ids', 'mrope_angles', 'rope_speeds', 'Cache', 'GroupedAttention',
-           'TextBlock', 'Qwen25Decoder', 'Qwen25VL', 'official_names', 'official_arguments', 'from_official',
-           'qwen25_vl_3b', 'qwen25_vl_7b', 'qwen25_vl_72b', 'qwen25_vl_3b_vision', 'qwen25_vl_7b_vision',
-           'qwen25_vl_72b_vision']
+           'frame_ends', 'Layout', 'PatchAttention', 'PatchBlock', 'PatchMerger', 'init_weights', 'OfficialQwen',
+           'Qwen25Vision', 'vision_ids', 'as_mask', 'mrope_ids', 'mrope_angles', 'rope_speeds', 'Cache',
+           'GroupedAttention', 'TextBlock', 'Qwen25Decoder', 'Qwen25VL', 'official_names', 'official_arguments',
+           'from_official', 'qwen25_vl_3b', 'qwen25_vl_7b', 'qwen25_vl_72b', 'qwen25_vl_3b_vision',
+           'qwen25_vl_7b_vision', 'qwen25_vl_72b_vision']
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #c7799b4b
 import functools, math
@@ -25,7 +25,8 @@ from ..kernels.packed_attention import kept, packed_attention
 from ..layers.attention import attention
 from ..layers.block import GatedMlp
 from ..layers.norm import RMSNorm
-from ..registry import load_weights, register_model
+from ..registry import register_model
+from ..weights import Official, renamed
 
 Grid = tuple[int, int, int]   # of a picture or clip: steps in time, rows and columns of patches
 
@@ -245,7 +246,28 @@ def init_weights(module: nn.Module):
         if isinstance(m, nn.Linear) and m.bias is not None: nn.init.zeros_(m.bias)
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #b95f5b35
-class Qwen25Vision(nn.Module):
+class OfficialQwen(Official):
+    "How weights and configurations of transformers become ours; the configuration must be given."
+    @staticmethod
+    def official_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "transformers' names to ours, see the function of this name."
+        return official_names(weights)
+
+    @staticmethod
+    def official_arguments(
+        weights: Mapping[str, Tensor],
+        config: Mapping[str, Any] | None = None,    # as config.json has it; weights do not tell the heads
+    ) -> dict[str, Any]:
+        "Arguments from the configuration. ValueError if there is none."
+        if config is None: raise ValueError('config must be given, as config.json has it: weights do not tell the heads')
+        return official_arguments(config)
+
+    def resized(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "Without a head where the matrix of words is the head."
+        tied = getattr(self, 'head', self) is None
+        return {k: v for k, v in weights.items() if not (tied and k == 'head.weight')}
+
+class Qwen25Vision(OfficialQwen, nn.Module):
     """The vision tower: patches of any number of pictures and clips, of any sizes, in one pack; a token for each cell comes out, in the order of the cells.
 
     ValueError if a size does not divide, or patches and grids do not fit. Source: arXiv:2502.13923, sec. 2.1."""
@@ -477,7 +499,7 @@ class TextBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #6fb5c6b4
-class Qwen25Decoder(nn.Module):
+class Qwen25Decoder(OfficialQwen, nn.Module):
     """The language model without its head: embedded tokens and their three ids in, states out. Pictures' tokens are causal like words.
 
     ValueError if a size does not divide, or packs are mixed with masks or caches. Source: arXiv:2502.13923, sec. 2.1; arXiv:2412.15115, sec. 2."""
@@ -554,7 +576,7 @@ class Qwen25Decoder(nn.Module):
         return self.norm(self.forward_blocks(x, ids, mask, ends, cache)[-1])
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #804473e5
-class Qwen25VL(nn.Module):
+class Qwen25VL(OfficialQwen, nn.Module):
     """Vision tower and language model: placeholders in the text are filled with the pictures' tokens, the rest is a language model with three-fold positions.
 
     ValueError if placeholders and features do not fit. Source: arXiv:2502.13923, sec. 2."""
@@ -663,19 +685,22 @@ class Qwen25VL(nn.Module):
             logits = self(new[-1][:, None], cache=cache, last=True)[:, 0]
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #9e2a0cfe
-_NAMES = (('model.visual.', 'visual.'), ('model.language_model.', 'language.'), ('model.', 'language.'), ('lm_head.', 'head.'),
-          ('patch_embed.proj.', 'patch_embed.'), ('merger.ln_q.', 'merger.norm.'), ('merger.mlp.0.', 'merger.fc1.'), ('merger.mlp.2.', 'merger.fc2.'), ('embed_tokens.', 'embed.'), ('layers.', 'blocks.'),
-          ('.self_attn.q_proj.', '.attn.q.'), ('.self_attn.k_proj.', '.attn.k.'), ('.self_attn.v_proj.', '.attn.v.'), ('.self_attn.o_proj.', '.attn.proj.'),
-          ('.input_layernorm.', '.norm1.'), ('.post_attention_layernorm.', '.norm2.'), ('.mlp.gate_proj.', '.mlp.gate.'), ('.mlp.up_proj.', '.mlp.value.'), ('.mlp.down_proj.', '.mlp.out.'))
+_NAMES = (
+    (r'^model\.visual\.', 'visual.'), (r'^(model\.)?language_model\.', 'language.'), (r'^model\.', 'language.'),
+    (r'^lm_head\.', 'head.'), (r'(^|\.)patch_embed\.proj\.', r'\1patch_embed.'),
+    (r'(^|\.)merger\.ln_q\.', r'\1merger.norm.'), (r'(^|\.)merger\.mlp\.0\.', r'\1merger.fc1.'),
+    (r'(^|\.)merger\.mlp\.2\.', r'\1merger.fc2.'), (r'(^|\.)embed_tokens\.', r'\1embed.'),
+    (r'(^|\.)layers\.', r'\1blocks.'), (r'\.self_attn\.([qkv])_proj\.', r'.attn.\1.'),
+    (r'\.self_attn\.o_proj\.', '.attn.proj.'), (r'\.input_layernorm\.', '.norm1.'),
+    (r'\.post_attention_layernorm\.', '.norm2.'), (r'\.mlp\.gate_proj\.', '.mlp.gate.'),
+    (r'\.mlp\.up_proj\.', '.mlp.value.'), (r'\.mlp\.down_proj\.', '.mlp.out.'))
 
 def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    "The entries of transformers' Qwen2.5-VL, or of its tower or language model alone, under the names of ours; names of the older checkpoints on the hub too."
-    found = {}
-    for name, value in state_dict.items():
-        if 'rotary_emb' in name or 'rotary_pos_emb' in name: continue     # computed, not learned
-        for old, new in _NAMES: name = name.replace(old, new, 1) if old[0] == '.' or name.startswith(old) or f'.{old}' in name else name
-        found[name] = value.flatten(1) if name.endswith('patch_embed.weight') else value
-    return found
+    """Weights of transformers' Qwen2.5-VL under our names: of the whole, with or without its head, of its tower,
+    or of its language model alone; names of the older checkpoints on the hub too."""
+    computed = 'rotary_emb', 'rotary_pos_emb'                          # not learned
+    found = renamed({k: v for k, v in state_dict.items() if not any(x in k for x in computed)}, _NAMES)
+    return {k: v.flatten(1) if k.endswith('patch_embed.weight') else v for k, v in found.items()}
 
 class _QuickGELU(nn.Module):
     def forward(self, x: Tensor) -> Tensor: return x * (1.702 * x).sigmoid()
@@ -722,16 +747,14 @@ def from_official(state_dict: Mapping[str, Tensor], # of transformers' model, it
                   **changes: Any,                   # arguments to be other than the configuration says
                  ) -> nn.Module:                    # Qwen25VL, Qwen25Vision or Qwen25Decoder, in eval mode
     "A model with official weights. ValueError if they do not fit the configuration."
-    names, told = official_names(state_dict), official_arguments(config)
+    told = official_arguments(config)
     kind = Qwen25VL if 'vision' in told else Qwen25Decoder if 'vocab_size' in told else Qwen25Vision
     known = kind.__init__.__annotations__
     wrong = [k for k in changes if k not in known]
     if wrong: raise ValueError(f'{kind.__name__} has no argument {wrong[0]!r}')
     with torch.device('meta'): model = kind(**{**told, **changes})
-    if kind is Qwen25VL and model.head is None: names.pop('head.weight', None)
     model.to_empty(device='cpu')
-    load_weights(model, names)
-    return model.eval()
+    return model.from_official(state_dict)
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #313071ec
 _qwen = dict(paper='2502.13923', part='multimodal', chapter='qwen25_vl', input_shape=())

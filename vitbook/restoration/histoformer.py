@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FORMS', 'ascending', 'SortedMap', 'sort_map', 'unsort_map', 'bin_tokens', 'from_bins', 'softmax1', 'bin_attention',
            'histogram_attention', 'HistogramAttention', 'unshuffle', 'DualScaleMlp', 'PixelNorm', 'HistogramBlock',
-           'pearson', 'restoration_loss', 'Resample', 'Thumbnail', 'Histoformer', 'from_official', 'arguments_of',
-           'histoformer', 'SortOrders', 'HistogramTokens']
+           'pearson', 'restoration_loss', 'Resample', 'Thumbnail', 'Histoformer', 'official_names',
+           'official_arguments', 'histoformer', 'SortOrders', 'HistogramTokens']
 
 # %% ../../nbs/06_restoration/02_histoformer.ipynb #a7707e54
 import math, re
@@ -22,7 +22,8 @@ from torch.overrides import TorchFunctionMode
 from ..kernels.entropy_attention import as_written, widened
 from ..layers.conv import DepthwiseConv2d, map_to_tokens, tokens_to_map
 from ..layers.norm import deviation, unit
-from ..registry import load_weights, register_model
+from ..registry import register_model
+from ..weights import Official, load_weights, renamed  # noqa: F401
 
 # %% ../../nbs/06_restoration/02_histoformer.ipynb #fcc4cc4f
 def ascending(x: Float[Tensor, '*b'], dim: int = -1,
@@ -258,7 +259,7 @@ class Thumbnail(nn.Module):
     def forward(self, x: Float[Tensor, 'b c y x']) -> Float[Tensor, 'b c Y X']: return self.dwconv(self.mix(F.avg_pool2d(x, 2)))
 
 # %% ../../nbs/06_restoration/02_histoformer.ipynb #178a4cb1
-class Histoformer(nn.Module):
+class Histoformer(Official, nn.Module):
     """A U-Net of four levels of histogram blocks; the output is the input plus a correction. Sides must be multiples of 8 (`vitbook.data.degradations.restore` pads and cuts).
 
     ValueError for other than four levels, indivisible widths, an impossible `out_chans`, or pictures of other channels or sizes. Source: arXiv:2407.10172, sec. 3.1."""
@@ -312,16 +313,15 @@ class Histoformer(nn.Module):
 
     def forward(self, image: Float[Tensor, 'b c y x']) -> Float[Tensor, 'b c y x']: return self.head(self.forward_features(image)) + image
 
-    @classmethod
-    def from_official(cls,
-                      weights: Mapping[str, Tensor], # a state dict of the official code, or {'params': one} as its files have it
-                      **arguments: Any,              # what weights do not tell: center, and anything else of the constructor
-                     ) -> 'Histoformer':
-        "The model of these weights, its sizes read off them. ValueError if they do not fit."
-        weights = weights.get('params', weights)
-        model = cls(**(arguments_of(weights) | arguments))
-        load_weights(model, from_official(weights))
-        return model
+    @staticmethod
+    def official_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "Official weights under our names, see the function of this name."
+        return official_names(weights)
+
+    @staticmethod
+    def official_arguments(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        "What the weights tell, which is all but `center`."
+        return official_arguments(weights)
 
 # %% ../../nbs/06_restoration/02_histoformer.ipynb #c4d41750
 _NAMES = [(r'^patch_embed\.proj', 'stem'), (r'^encoder_level(\d)', lambda m: f'encoder.{int(m[1]) - 1}'), (r'^latent', 'encoder.3'), (r'^decoder_level(\d)', lambda m: f'decoder.{int(m[1]) - 1}'),
@@ -331,19 +331,17 @@ _NAMES = [(r'^patch_embed\.proj', 'stem'), (r'^encoder_level(\d)', lambda m: f'e
           (r'^refinement', 'refine'), (r'^output', 'head'), (r'(^|\.)attn_g\.', r'\1attn.'), (r'(^|\.)ffn\.', r'\1mlp.'), (r'(^|\.)project_in\.', r'\1fc1.'),
           (r'(^|\.)dwconv_5\.', r'\1dwconv.'), (r'(^|\.)dwconv_dilated2_1\.', r'\1gate.'), (r'(^|\.)qkv_dwconv\.', r'\1dwconv.'), (r'mlp\.project_out\.', 'mlp.fc2.'), (r'(^|\.)project_out\.', r'\1proj.')]
 
-def from_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    "Official names to ours, of a whole model, a block, or an attention; `module.` in front falls away, and so does a layer for pairs of pictures that the official code makes and never uses."
-    out = {}
-    for name, value in weights.items():
-        name = name.removeprefix('module.')
-        if name.startswith('skip_conv.'): continue
-        for pattern, new in _NAMES: name = re.sub(pattern, new, name)
-        out[name] = value
-    return out
+def official_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Official names to ours, of a whole model, a block, or an attention.
 
-def arguments_of(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    `module.` in front falls away, and so does a layer for pairs of pictures that the official code makes and
+    never uses."""
+    used = {name.removeprefix('module.'): value for name, value in weights.items()}
+    return renamed({name: value for name, value in used.items() if not name.startswith('skip_conv.')}, _NAMES)
+
+def official_arguments(weights: Mapping[str, Tensor]) -> dict[str, Any]:
     "Constructor arguments of the official weights of a whole model, from their names and shapes. ValueError if they are of something else."
-    named = from_official(weights)
+    named = official_names(weights)
     if 'stem.weight' not in named or 'head.weight' not in named: raise ValueError(f'weights must be of a whole Histoformer, got {", ".join(list(weights)[:3])} …')
     count = lambda start: len({k[len(start):].split('.')[0] for k in named if k.startswith(start)})
     dim, in_chans = named['stem.weight'].shape[:2]

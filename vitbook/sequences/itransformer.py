@@ -26,7 +26,8 @@ from ..kernels.entropy_attention import as_written, widened
 from ..layers.attention import attention
 from ..layers.block import Block, Mlp, is_plain
 from ..layers.norm import deviation, unit
-from ..registry import load_weights, register_model
+from ..registry import register_model
+from ..weights import Official, joined, renamed
 from ..train import batches, fit
 
 # %% ../../nbs/07_sequences/05_itransformer.ipynb #1a807c40
@@ -222,7 +223,7 @@ class NoAttention(nn.Module):
     def forward(self, x: Float[Tensor, 'b n c'], mask: None = None, bias: None = None, rope: None = None) -> Float[Tensor, 'b n c']: return torch.zeros_like(x)
 
 # %% ../../nbs/07_sequences/05_itransformer.ipynb #b2ff87d0
-class ITransformer(nn.Module):
+class ITransformer(Official, nn.Module):
     """Forecasts all steps of all variates at once. The number of variates is free at every call; the lengths of lookback and horizon are fixed.
 
     ValueError for a lookback of another length, marks that do not fit, or sizes that make no model. Source: arXiv:2310.06625, alg. 1."""
@@ -286,33 +287,41 @@ class ITransformer(nn.Module):
         with see.recording(self) as seen: self(x, x_mark)
         return seen.weights
 
-    @classmethod
-    def from_official(cls, state: Mapping[str, Tensor], num_heads: int = 8, **arguments: Any) -> 'ITransformer':
-        "A model with official weights; what they do not tell (heads, activation, norm, kind of attention) are arguments. ValueError for what does not fit."
-        names = official_names(state)
-        if 'embed.proj.weight' not in names: raise ValueError(f"state: has no 'enc_embedding.value_embedding.weight', got {list(state)[:3]} …")
+    @staticmethod
+    def official_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "Official weights under our names, see the function of this name."
+        return official_names(weights)
+
+    @staticmethod
+    def official_arguments(
+        weights: Mapping[str, Tensor],
+        num_heads: int = 8,             # weights do not tell it; every official script has 8
+    ) -> dict[str, Any]:
+        "What weights tell: sizes, and whether attention is Reformer's. ValueError if they are of another model."
+        names = official_names(weights)
+        if 'embed.proj.weight' not in names or 'head.weight' not in names:
+            raise ValueError("weights have no 'enc_embedding.value_embedding.weight' or no 'projector.weight', "
+                             f'got {list(weights)[:3]} …')
         dim, seq_len = names['embed.proj.weight'].shape
-        if any('.attn.qk.' in name for name in names): arguments.setdefault('attn', 'lsh')
         inner = next((w.shape[1] for name, w in names.items() if name.endswith('attn.proj.weight')), dim)
-        model = cls(seq_len, names['head.weight'].shape[0], dim, sum(name.endswith('norm1.weight') for name in names), num_heads, names.get('blocks.0.mlp.fc1.weight', names['head.weight']).shape[0] / dim,
-                    **{'head_dim': inner // num_heads} | arguments)
-        load_weights(model, names)
-        return model
+        hidden = names.get('blocks.0.mlp.fc1.weight', names['head.weight']).shape[0]
+        depth = len({name.split('.')[1] for name in names if name.startswith('blocks.')})
+        lsh = dict(attn='lsh') if any('.attn.qk.' in name for name in names) else {}
+        return dict(seq_len=seq_len, pred_len=names['head.weight'].shape[0], embed_dim=dim, depth=depth,
+                    num_heads=num_heads, mlp_ratio=hidden / dim, head_dim=inner // num_heads, **lsh)
 
 # %% ../../nbs/07_sequences/05_itransformer.ipynb #ad58fae4
+_NAMES = (
+    (r'^module\.', ''), (r'^enc_embedding\.value_embedding', 'embed.proj'),
+    (r'^encoder\.attn_layers', 'blocks'), (r'^encoder\.norm', 'norm'), (r'^projector', 'head'),
+    (r'\.attention\.(query|key|value)_projection', r'.attn.\1'), (r'\.attention\.out_projection', '.attn.proj'),
+    (r'\.attention\.attn\.toqk', '.attn.qk'), (r'\.attention\.attn\.tov', '.attn.v'),
+    (r'\.attention\.attn\.to_out', '.attn.proj'), (r'\.conv1\.', '.mlp.fc1.'), (r'\.conv2\.', '.mlp.fc2.'))
+
 def official_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "Official weights under our names: three projections become one, convolutions of width 1 become matrices."
-    renamed = {'enc_embedding.value_embedding': 'embed.proj', 'encoder.attn_layers': 'blocks', 'encoder.norm': 'norm', 'projector': 'head', '.attention.out_projection': '.attn.proj',
-               '.attention.attn.toqk': '.attn.qk', '.attention.attn.tov': '.attn.v', '.attention.attn.to_out': '.attn.proj', '.conv1.': '.mlp.fc1.', '.conv2.': '.mlp.fc2.'}
-    out = {}
-    for name, w in state.items():
-        if any(f'.{part}_projection.' in name for part in ('key', 'value')): continue
-        if '.query_projection.' in name:
-            w = torch.cat([state[name.replace('query', part)] for part in ('query', 'key', 'value')])
-            name = name.replace('.attention.query_projection', '.attn.qkv')
-        for old, new in renamed.items(): name = name.replace(old, new)
-        out[name.removeprefix('module.')] = w[..., 0] if w.dim() == 3 else w
-    return out
+    names = joined(renamed(state, _NAMES), ('query', 'key', 'value'))
+    return {name: w[..., 0] if w.dim() == 3 else w for name, w in names.items()}
 
 # %% ../../nbs/07_sequences/05_itransformer.ipynb #0bd3be13
 def per_variate(model: nn.Module,

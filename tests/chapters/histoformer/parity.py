@@ -31,18 +31,18 @@ def histoformer(config, weights, inputs):
     last = lambda y: dict.fromkeys(('y', 'out', 'output', 'x', 'restored'), y)
     center = config.get('LayerNorm_type', 'WithBias') != 'BiasFree'
     filled = lambda module, names: (H.load_weights(module, names), module.eval())[1]
-    bare = lambda start: {k.removeprefix(start): v for k, v in H.from_official({start + k: v for k, v in weights.items()}).items()}
+    bare = lambda start: {k.removeprefix(start): v for k, v in H.official_names({start + k: v for k, v in weights.items()}).items()}
     if 'output.weight' in weights:
         model = H.Histoformer.from_official(weights, center=center).eval()
         orders, _ = histoformer_orders(model, x)
         with H.SortOrders(lambda which, own: orders[which]): return last(model(x))
     if 'attn_g.temperature' in weights:
         dim, hidden = weights['ffn.project_out.weight'].shape[:2]
-        return last(filled(H.HistogramBlock(dim, len(weights['attn_g.temperature']), hidden / dim * (1 + 1e-9), bias, center), H.from_official(weights))(x))
+        return last(filled(H.HistogramBlock(dim, len(weights['attn_g.temperature']), hidden / dim * (1 + 1e-9), bias, center), H.official_names(weights))(x))
     if 'temperature' in weights: return last(filled(H.HistogramAttention(weights['qkv.weight'].shape[1], len(weights['temperature']), bias), bare(''))(x))
     if 'dwconv_5.weight' in weights:
         dim, hidden = weights['project_out.weight'].shape[:2]
-        return last(filled(H.DualScaleMlp(dim, hidden / dim * (1 + 1e-9), bias), {k.removeprefix('mlp.'): v for k, v in H.from_official({f'ffn.{k}': v for k, v in weights.items()}).items()})(x))
+        return last(filled(H.DualScaleMlp(dim, hidden / dim * (1 + 1e-9), bias), {k.removeprefix('mlp.'): v for k, v in H.official_names({f'ffn.{k}': v for k, v in weights.items()}).items()})(x))
     if 'proj.1.weight' in weights: return last(filled(H.Thumbnail(x.shape[1]), {{'1': 'mix', '2': 'dwconv'}[k[5]] + k[6:]: v for k, v in weights.items()})(x))
     if 'body.0.weight' in weights: return last(filled(H.Resample(x.shape[1], weights['body.0.weight'].shape[0] < x.shape[1]), {k.replace('body.0', 'conv'): v for k, v in weights.items()})(x))
     if 'proj.weight' in weights: return last(torch.nn.functional.conv2d(x, weights['proj.weight'], weights.get('proj.bias'), padding=1))

@@ -383,7 +383,7 @@ def test_official_names_and_sizes(unchecked):
     "A state dict in the official names comes back as a model of the same sizes, all of them read off the weights."
     ours = H.Histoformer(embed_dim=6, depths=(1, 2, 0, 1), num_heads=(3, 2, 4, 6), mlp_ratio=2.667, refine_depth=2, bias=True, out_chans=1)
     theirs = {official(k): v for k, v in ours.state_dict().items()}
-    assert len(theirs) == len(ours.state_dict()) and H.from_official(theirs).keys() == ours.state_dict().keys()
+    assert len(theirs) == len(ours.state_dict()) and H.official_names(theirs).keys() == ours.state_dict().keys()
     model = H.Histoformer.from_official({'params': {f'module.{k}': v for k, v in theirs.items()} | {'skip_conv.weight': torch.zeros(12, 6, 1, 1)}})
     x = torch.rand(1, 3, 16, 16)
     assert model(x).equal(ours(x))
@@ -398,7 +398,7 @@ def test_official_names_and_sizes(unchecked):
 def test_ratio_is_read_off_the_weights(dim, ratio):
     with torch.device('meta'):
         model = H.Histoformer(embed_dim=dim, depths=(1, 1, 1, 1), num_heads=(1, 1, 1, 1), mlp_ratio=ratio, refine_depth=1)
-        read = H.arguments_of({official(k): v for k, v in model.state_dict().items()})
+        read = H.official_arguments({official(k): v for k, v in model.state_dict().items()})
         assert [p.shape for p in H.Histoformer(**read).parameters()] == [p.shape for p in model.parameters()]
 
 

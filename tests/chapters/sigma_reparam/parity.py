@@ -4,10 +4,10 @@ import torch
 
 @torch.enable_grad()
 def sigma_reparam(config, weights, inputs, module=''):
-    from vitbook.dynamics.sigma_reparam import SigmaConv2d, SigmaLinear, from_official
+    from vitbook.dynamics.sigma_reparam import SigmaConv2d, SigmaLinear, official_names
     linear = module == 'SNLinear' or 'in_features' in config
     layer, x = (SigmaLinear if linear else SigmaConv2d)(**config), inputs['x']
-    layer.load_state_dict(from_official(weights, layer))
+    layer.load_state_dict(official_names(weights, layer))
     layer.eval()
     out = dict(y=layer(x), weight=layer.effective_weight().flatten(1))
     layer.train()

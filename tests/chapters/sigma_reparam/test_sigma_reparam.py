@@ -673,7 +673,7 @@ def test_one_adam_step_on_both():
 def build(config, weights, inputs, training=False):
     config = {{'init_multiplier': 'init_gain'}.get(k, k): v for k, v in config.items()}
     layer = (S.SigmaLinear if 'in_features' in config else S.SigmaConv2d)(**config)
-    layer.load_state_dict(S.from_official(weights, layer))
+    layer.load_state_dict(S.official_names(weights, layer))
     layer.train(training)
     x = inputs['x']
     if not training: return dict(y=layer(x), weight=layer.effective_weight().flatten(1))
@@ -703,11 +703,11 @@ def test_official_state_of_a_whole_model():
         elif leaf == 'u': official[f'{where}.spectral_normed_weight.u'] = value[0]
         elif f'{where}.u' in model.state_dict() and leaf == 'weight': official |= {name: value.flatten(1) * 2, f'{where}.spectral_normed_weight.weight': value.flatten(1)}
         else: official[name] = value
-    model.load_state_dict(S.from_official(official, model))
+    model.load_state_dict(S.official_names(official, model))
     assert_close(model.patch_embed.proj.weight.detach().flatten(1), official['patch_embed.proj.weight'])
     assert_close(model.blocks[0].mlp.fc2.gamma.detach(), torch.tensor([1.1]))
     inner = {k.replace('spectral_normed_weight.', 'spectral_normed_weight.net.'): v for k, v in official.items()}    # with the float32 wrapper
-    assert S.from_official(inner, model).keys() == S.from_official(official, model).keys()
+    assert S.official_names(inner, model).keys() == S.official_names(official, model).keys()
 
 
 # the model

@@ -299,7 +299,7 @@ def test_full_size_official_checkpoints(name, d, c, h, g):
         assert total - parameters(made) == 196 * d                          # outer_tokens
         named = made.official_names({k: torch.empty(s) for k, s in shapes.items()})
         assert {k: v.shape for k, v in named.items()} == {k: v.shape for k, v in made.state_dict().items()}
-        assert T.TNT.official_arguments({k: torch.empty(s) for k, s in shapes.items()}) | dict(inner_blocks=None) == dict(
+        assert T.TNT.official_arguments({k: torch.empty(s) for k, s in shapes.items()}, 3, 1) | dict(inner_blocks=None) == dict(
             img_size=224, patch_size=16, in_chans=3, num_classes=1000, embed_dim=d, inner_dim=c, depth=12, num_heads=h, inner_num_heads=g, mlp_ratio=4., qkv_bias=False, inner_stride=4,
             inner_kernel=7, se=False, inner_blocks=None)
 
@@ -330,10 +330,10 @@ def test_from_official_on_the_class_knows_the_options():
 @pytest.mark.parametrize('d, c', [(24, 8), (192, 12), (99, 7)])
 def test_the_mlps_width_is_read_off(ratio, d, c):
     shapes = official_shapes(BASE | dict(outer_dim=d, inner_dim=c, mlp_ratio=ratio))
-    with torch.device('meta'): found = T.TNT.official_arguments({k: torch.empty(s) for k, s in shapes.items()})['mlp_ratio']
+    with torch.device('meta'): found = T.TNT.official_arguments({k: torch.empty(s) for k, s in shapes.items()}, 3, 1)['mlp_ratio']
     assert (int(d * found), int(c * found)) == (int(d * ratio), int(c * ratio)) and (ratio % 1 or found == ratio)
     del shapes['blocks.0.outer_mlp.fc1.weight']                             # a broken checkpoint is the loader's to answer, not a KeyError
-    with torch.device('meta'): T.TNT.official_arguments({k: torch.empty(s) for k, s in shapes.items()})
+    with torch.device('meta'): T.TNT.official_arguments({k: torch.empty(s) for k, s in shapes.items()}, 3, 1)
 
 
 def test_what_does_not_fit_is_listed():

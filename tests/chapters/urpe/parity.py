@@ -2,10 +2,10 @@
 
 
 def urpe(config, weights, inputs, module=''):
-    from vitbook.dynamics.urpe import URPEAttention, from_official, join_qkv
+    from vitbook.dynamics.urpe import URPEAttention, URPEncoder, join_qkv
     if module == 'TransformerSentenceEncoder' or 'vocab_size' in config:
         given = (inputs.get(k) for k in ('tokens', 'segment_labels', 'positions', 'token_embeddings'))
-        states = from_official(weights, config)(*given, return_states=True)
+        states = URPEncoder.from_official(weights, config)(*given, return_states=True)
         named = {f'layer{i}': x for i, x in enumerate(states[1:])}
         return dict(last=states[-1], sentence_rep=states[-1][:, 0], embedded=states[0]) | named
     bias = config.get('bias', True)

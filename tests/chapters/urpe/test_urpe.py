@@ -442,7 +442,7 @@ def build_attention(config, weights, inputs):
 
 
 def build_encoder(config, weights, inputs):
-    states = U.from_official(weights, config)(inputs['tokens'], inputs.get('segment_labels'), inputs.get('positions'), inputs.get('token_embeddings'), return_states=True)
+    states = U.URPEncoder.from_official(weights, config)(inputs['tokens'], inputs.get('segment_labels'), inputs.get('positions'), inputs.get('token_embeddings'), return_states=True)
     return {'embedded' if i == 0 else f'layer{i - 1}': x for i, x in enumerate(states)} | dict(last=states[-1], sentence_rep=states[-1][:, 0])
 
 
@@ -494,7 +494,7 @@ def test_official_options():
         p = (q @ k.mT / 2).masked_fill((tokens == 1)[:, None, None], -math.inf).softmax(-1)
         x = norm(x + lin((p @ v).transpose(1, 2).flatten(2), f'{at}.self_attn.out_proj'), f'{at}.self_attn_layer_norm')
         x = norm(x + lin(lin(x, f'{at}.fc1').relu(), f'{at}.fc2'), f'{at}.final_layer_norm')
-    assert_close(U.from_official(weights, base)(tokens), x, rtol=1e-4, atol=1e-5)
+    assert_close(U.URPEncoder.from_official(weights, base)(tokens), x, rtol=1e-4, atol=1e-5)
 
     table = lambda rows, seed=0: normal(rows, 3, seed=seed, dtype=torch.float)
     outs = {'base': x}
@@ -508,16 +508,16 @@ def test_official_options():
         ('B', dict(rel_pos=True, rel_pos_unique=True), {'rp_bias.weight': table(17)}), ('C', dict(ur_attn=True, ur_attn_unique=True), {'ur_rp_bias.weight': table(17)}),
         ('B buckets', dict(rel_pos=True, rp_bucket=8, max_rp=9), {'rp_bias.weight': table(9)}), ('C buckets', dict(ur_attn=True, ur_rp_bucket=8, ur_max_rp=9), {'ur_rp_bias.weight': table(9)}),
         ('C buckets, nearer', dict(ur_attn=True, ur_rp_bucket=8, ur_max_rp=5), {'ur_rp_bias.weight': table(9)})]:
-        outs[name] = U.from_official(weights | more, base | config)(tokens)
+        outs[name] = U.URPEncoder.from_official(weights | more, base | config)(tokens)
         assert outs[name].isfinite().all() and outs[name].shape == (2, 7, 12)
     names = list(outs)
     for i, a in enumerate(names):
         for b in names[:i]: assert (outs[a] - outs[b]).abs().max() > 1e-5, f'{a} and {b} give the same'
-    with pytest.raises(ValueError, match='unknown arguments'): U.from_official(weights, base | dict(rel_posi=True))
-    with pytest.raises(ValueError, match='missing'): U.from_official(weights, base | dict(rel_pos=True))
+    with pytest.raises(ValueError, match='unknown arguments'): U.URPEncoder.from_official(weights, base | dict(rel_posi=True))
+    with pytest.raises(ValueError, match='missing'): U.URPEncoder.from_official(weights, base | dict(rel_pos=True))
 
     segments = torch.tensor([[0, 0, 1, 1, 1, 0, 0]] * 2)
-    two = U.from_official(weights | {'segment_embeddings.weight': normal(2, 12, dtype=torch.float)}, base | dict(num_segments=2))
+    two = U.URPEncoder.from_official(weights | {'segment_embeddings.weight': normal(2, 12, dtype=torch.float)}, base | dict(num_segments=2))
     assert_close(two(tokens), x, rtol=1e-4, atol=1e-5)
     assert (two(tokens, segments) - x).abs().max() > .1
     assert_close(two(tokens, embedded=weights['embed_tokens.weight'][tokens]), x, rtol=1e-4, atol=1e-5)
@@ -541,11 +541,11 @@ def test_roberta_around_it():
     weights = official_state()
     whole = {f'encoder.sentence_encoder.{k}': v for k, v in weights.items()} | {f'encoder.{k}': v for k, v in head.items()}
     tokens = torch.randint(3, 15, (2, 7))
-    untied = U.from_official(whole, base | dict(untie_weights_roberta=True))
-    x = U.from_official(weights, base)(tokens)
+    untied = U.URPEncoder.from_official(whole, base | dict(untie_weights_roberta=True))
+    x = U.URPEncoder.from_official(weights, base)(tokens)
     y = F.layer_norm(F.gelu(F.linear(x, head['lm_head.dense.weight'], head['lm_head.dense.bias'])), (12,), head['lm_head.layer_norm.weight'], head['lm_head.layer_norm.bias'])
     assert_close(untied(tokens), F.linear(y, head['lm_head.weight'], head['lm_head.bias']), rtol=1e-4, atol=1e-4)
-    tied = U.from_official(whole, base)
+    tied = U.URPEncoder.from_official(whole, base)
     assert torch.equal(tied.embed.weight, head['lm_head.weight']) and not hasattr(tied.head, 'weight') and tied(tokens).shape == (2, 7, 15)
 
 
