@@ -18,7 +18,7 @@ SMALL = dict(img_size=64, num_classes=7, embed_dim=32, depths=(2, 2, 3, 2), num_
 
 def filled(module):
     "The module with weights that follow from their names: no zeros, no ones."
-    module.load_state_dict({k: weight(k, list(v.shape)) for k, v in module.state_dict().items()})
+    module.load_state_dict({k: weight(k, list(v.shape)) for k, v in module.state_dict().items() if k != 'pos_grid'})
     return module.eval()
 
 
