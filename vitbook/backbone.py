@@ -8,7 +8,6 @@ __all__ = ['Level', 'Backbone', 'FeatureMaps']
 # %% ../nbs/00_foundations/16_backbones.ipynb #dc6d2de8
 from collections.abc import Sequence
 from typing import NamedTuple
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from .weights import ClassOrObject, Official, load_checkpoint, read_weights  # noqa: F401, old names
