@@ -16,11 +16,12 @@ from vitbook.mixers.hornet import HorNet
 
 SHEETS = {sheet.name: sheet for sheet in sheets()}
 CASES = {'cvt__tiny': CvT, 'crossformer__tiny': CrossFormer, 'tnt__tiny': TNT, 'hornet__tiny7x7': HorNet}
+HEADS = dict(NUM_HEADS='num_heads', outer_num_heads='num_heads', inner_num_heads='inner_num_heads')     # what weights do not tell
 each = pytest.mark.parametrize('sheet', CASES)
 
 
 def official(sheet): return SHEETS[sheet].weights()
-def model(sheet): return CASES[sheet].from_official(official(sheet), **{'num_heads': v for k, v in SHEETS[sheet].config.items() if k == 'NUM_HEADS'})
+def model(sheet): return CASES[sheet].from_official(official(sheet), **{HEADS[k]: v for k, v in SHEETS[sheet].config.items() if k in HEADS})
 def values(m): return {k: v.clone() for k, v in m.state_dict().items()}
 def unchanged(m, before): return all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
 

@@ -174,3 +174,17 @@ def test_names_of_wrapped_parts():
     one = torch.zeros(1)
     assert set(bare_names({'module.blocks.0._orig_mod.attn.w': one})) == {'blocks.0.attn.w'}
     assert set(bare_names({'module.a': one, 'b': one})) == {'module.a', 'b'}
+
+
+@pytest.mark.parametrize('name', ['pvt_v2_b0', 'pvt_v2_b2_li', 'pvt_v2_b5'])
+def test_a_pyramid_is_told_by_its_weights(name):
+    "Official names are ours; sizes, the linear kind and the published heads are read off."
+    from vitbook import create_model
+    with torch.device('meta'): want = create_model(name)
+    told = type(want).official_arguments(want.state_dict())
+    with torch.device('meta'): made = type(want)(**told)
+    assert {k: v.shape for k, v in made.state_dict().items()} == {k: v.shape for k, v in want.state_dict().items()}
+    heads = lambda model: [m.num_heads for m in model.modules() if hasattr(m, 'num_heads')]
+    assert heads(made) == heads(want) and told['linear'] == name.endswith('_li')
+    with pytest.raises(ValueError, match='num_heads'): type(want).official_arguments({'patch_embed1.proj.weight': torch.zeros(24, 3, 7, 7)})
+    with pytest.raises(ValueError, match='PVTv2'): type(want).from_official({'a.weight': torch.zeros(2, 2)})

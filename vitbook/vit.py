@@ -20,7 +20,8 @@ from .layers.conv import tokens_to_map
 from .layers.embed import PatchEmbed, check_batch, pair
 from .layers.position import LearnedGrid, resize_position, trained_grid
 from .backbone import Backbone, Level
-from .registry import load_weights, register_model
+from .registry import register_model
+from .weights import joined, load_weights, renamed
 
 # %% ../nbs/00_foundations/09_vit.ipynb #4e5de290
 class _PublishedViT(LearnedGrid, Backbone):
@@ -194,20 +195,13 @@ _hf_names = [  # Hugging Face's name -> ours; names of version 5 behind those of
 def from_huggingface(state_dict: Mapping[str, Tensor], # of ViTModel, ViTForImageClassification, DeiT… (transformers)
                     ) -> dict[str, Tensor]:
     "Hugging Face's names turned into ours; query, key and value are joined; the pooler, which ViT's paper does not have, is left out."
-    out, parts = {}, {}
-    for name, value in state_dict.items():
-        if re.match(r'^((vit|deit)\.)?pooler\.', name) or name.endswith('embeddings.mask_token'): continue
-        for pattern, new in _hf_names: name = re.sub(pattern, new, name)
-        if at := re.match(r'(.*\.attn)\.(q|k|v)(?:uery|ey|alue)?\.(weight|bias)$', name): parts.setdefault((at[1], at[3]), {})[at[2]] = value
-        else: out[name] = value
-    for (where, kind), qkv in parts.items():
-        if set(qkv) != set('qkv'): raise ValueError(f'state_dict: {where} has {sorted(qkv)} of query, key and value')
-        out[f'{where}.qkv.{kind}'] = torch.cat([qkv[x] for x in 'qkv'])
-    return out
+    unused = re.compile(r'^((vit|deit)\.)?pooler\.|embeddings\.mask_token$')
+    out = renamed({k: v for k, v in state_dict.items() if not unused.search(k)}, _hf_names)
+    return joined(joined(out, ('query', 'key', 'value')), 'qkv')
 
 # %% ../nbs/00_foundations/09_vit.ipynb #b9749197
 def vit_from_state_dict(state_dict: Mapping[str, Tensor],              # timm's or Hugging Face's, of a ViT or DeiT
-                        num_heads: int | None = None,                  # weights do not tell; default: heads of width 64
+                        num_heads: int | None = None,                  # weights do not tell; default: heads of width 64, of 80 in ViT-H
                         img_size: int | tuple[int, int] | None = None, # default: as trained, if that was square; positions are resized to another
                        ) -> VisionTransformer:
     "A VisionTransformer of the right size with these weights, in eval mode; gives what timm's or Hugging Face's model gives. ValueError if it is no ViT."
@@ -231,7 +225,7 @@ def vit_from_state_dict(state_dict: Mapping[str, Tensor],              # timm's 
     gamma = sd.get('blocks.0.ls1.gamma')
     model = VisionTransformer(
         size, (p, q), chans, sd['head.weight'].shape[0] if 'head.weight' in sd else 0, 'avg' if avg else 'token', dim,
-        depth=1 + max(int(k.split('.')[1]) for k in sd if k.startswith('blocks.')), num_heads=num_heads or max(dim // 64, 1),
+        depth=1 + max(int(k.split('.')[1]) for k in sd if k.startswith('blocks.')), num_heads=num_heads or (16 if dim == 1280 else max(dim // 64, 1)),
         mlp_ratio=sd['blocks.0.mlp.fc1.weight'].shape[0] / dim, qkv_bias='blocks.0.attn.qkv.bias' in sd, qk_norm='blocks.0.attn.q_norm.weight' in sd,
         init_values=None if gamma is None else 1., class_token=cls, reg_tokens=regs, no_embed_class=no_embed_class, distilled=distilled,
         norm_eps=1e-12 if hf else 1e-6)

@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from ..backbone import Level
+from ..backbone import Backbone, Level
 from ..layers.attention import attention, attention_scores, masked_softmax
 from ..layers.block import Block, DropPath, drop_path_rates
 from ..layers.conv import DepthwiseConv2d, map_to_tokens, tokens_to_map
 from ..layers.embed import check_batch, check_divisible, pair
 from ..layers.position import LearnedGrid, resize_position
 from ..registry import register_model
+from ..weights import known_heads
 
 # %% ../../nbs/04_tokens/01_token_routing.ipynb #37128f59
 class Gratings(NamedTuple):
@@ -532,7 +533,7 @@ def gathered_grid(router: Any,                          # TokenRouter
     return maps, G, g, seen, stop
 
 # %% ../../nbs/04_tokens/01_token_routing.ipynb #c99deca4
-class RoutingGrid(LearnedGrid, nn.Module):
+class RoutingGrid(LearnedGrid, Backbone):
     "What a router is made of: stem, stages, patch embeddings, and a gate for each. `TokenRouter` sends tokens through it. Source: arXiv:2308.03409, sec. 3."
     def __init__(self,
                  img_size: int | tuple[int, int] = 224,
@@ -573,6 +574,7 @@ class RoutingGrid(LearnedGrid, nn.Module):
         self.img_size, self.in_chans, self.embed_dims, self.num_stages, self.block = pair(img_size), in_chans, tuple(embed_dims), M, block
         self.num_features = self.head_hidden_size = embed_dims[-1]
         self.strides = [4 * 2 ** i for i in range(N)]
+        self.levels = tuple(Level(*level) for level in zip(embed_dims, self.strides))
         self.temperature, self.gate_noise, self.guard, self.train_form, self.pad_to = temperature, gate_noise, guard, train_form, 1
         self._check(self.img_size, 'img_size')
         rates, first = drop_path_rates(drop_path_rate, sum(depths)), [sum(depths[:i]) for i in range(N)]
@@ -588,8 +590,7 @@ class RoutingGrid(LearnedGrid, nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, math.prod(self.grid_of(self.img_size)), embed_dims[0])) if with_positions else None
         self.out_norms = nn.ModuleList(nn.LayerNorm(d, eps=norm_eps) for d in embed_dims[:-1]) if out_norm else None
         self.norm, self.head_drop = nn.LayerNorm(embed_dims[-1], eps=norm_eps), nn.Dropout(drop_rate)
-        self.register_buffer('row_rate', torch.full((N, M), .5))          # of the modes 'random' and 'attention'
-        self.register_buffer('col_rate', torch.full((N - 1, M + 1), .5))
+        for name, shape in (('row_rate', (N, M)), ('col_rate', (N - 1, M + 1))): self.register_buffer(name, torch.full(shape, .5))    # of the modes 'random' and 'attention'
         self.reset_classifier(num_classes)
         if init_std is not None: self.init_weights(init_std)
         if self.pos_embed is not None: nn.init.trunc_normal_(self.pos_embed, std=.02)
@@ -746,6 +747,10 @@ class TokenRouter(RoutingGrid):
         norms = [*(self.out_norms or [nn.Identity()] * (len(r.maps) - 1)), self.norm]
         return [tokens_to_map(norm(t), grid) for norm, t, grid in zip(norms, r.maps, r.grids)]
 
+    def feature_maps(self, x: Float[Tensor, 'b c y x']) -> list[Float[Tensor, 'b d h w']]:
+        "The maps of `features`, by the name that every backbone has for them."
+        return self.features(x)
+
     def forward_features(self, x: Float[Tensor, 'b c y x']) -> Float[Tensor, 'b n d']:
         "Tokens of the coarsest map, normalised."
         return self.norm(self.route(x).maps[-1])
@@ -764,7 +769,7 @@ class TokenRouter(RoutingGrid):
         return (logits, r) if return_routing else logits
 
 # %% ../../nbs/04_tokens/01_token_routing.ipynb #30b97658
-class Pyramid(nn.Module):
+class Pyramid(Backbone):
     "PVTv2, the static staircase that the grid is built around: official parameter names, official weights fit. Source: arXiv:2106.13797, tab. 1."
     def __init__(self,
                  in_chans: int = 3,
@@ -819,6 +824,29 @@ class Pyramid(nn.Module):
         return maps
 
     feature_maps = features
+
+    @staticmethod
+    def official_arguments(
+        weights: Mapping[str, Tensor],
+        num_heads: Sequence[int] | None = None,     # weights do not tell it: 1, 2, 5, 8 in the published models
+    ) -> dict[str, Any]:
+        "What weights tell. ValueError if they are of no PVTv2, or of widths without published heads."
+        if 'patch_embed1.proj.weight' not in weights:
+            raise ValueError(f'weights are of no PVTv2: they begin with {", ".join(list(weights)[:3])}')
+        scales = [i for i in range(1, 10) if f'patch_embed{i}.proj.weight' in weights]
+        dims = [weights[f'patch_embed{i}.proj.weight'].shape[0] for i in scales]
+        first = {i: {k.removeprefix(f'block{i}.0.'): w for k, w in weights.items() if k.startswith(f'block{i}.0.')}
+                 for i in scales}
+        published = {32: 1, 64: 1 if dims[0] == 64 else 2, 128: 2, 160: 5, 320: 5, 256: 8, 512: 8}
+        heads = [known_heads(None, d, published) for d in dims] if num_heads is None else num_heads
+        reduced = {i: sr.shape[-1] for i in scales if (sr := first[i].get('attn.sr.weight')) is not None}
+        linear = any('attn.norm.weight' in own for own in first.values()) and set(reduced.values()) == {1}
+        return dict(
+            in_chans=weights['patch_embed1.proj.weight'].shape[1], embed_dims=dims, num_heads=heads, linear=linear,
+            num_classes=weights['head.weight'].shape[0] if 'head.weight' in weights else 0,
+            depths=[len({k.split('.')[1] for k in weights if k.startswith(f'block{i}.')}) for i in scales],
+            mlp_ratios=[first[i]['mlp.fc1.weight'].shape[0] / d for i, d in zip(scales, dims)],
+            sr_ratios=[reduced.get(i, 1) for i in scales], qkv_bias='attn.q.bias' in first[scales[0]])
 
     def forward_features(self, x: Float[Tensor, 'b c y x']) -> Float[Tensor, 'b n d']:
         "The tokens of the coarsest map, normalised."
