@@ -831,7 +831,7 @@ class Run:
 
     def start(self, chapters: list[Chapter]) -> list[Result]:
         "Run the chapters from the beginning to the table; KeyboardInterrupt when stopped by SIGINT or SIGTERM."
-        self.out.mkdir(parents=True, exist_ok=True)
+        for folder in (self.out, self.records): folder.mkdir(parents=True, exist_ok=True)
         self.lock, self.book = lock.read_lock(self.root), [(c, c.facts()) for c in find_chapters(self.root)]
         async def main():
             task, loop = asyncio.current_task(), asyncio.get_running_loop()
