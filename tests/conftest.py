@@ -31,13 +31,19 @@ def pytest_configure(config):
     if slug := config.getoption('--chapter'): os.environ['VITBOOK_CHAPTER'] = slug      # the contract looks at the models of this chapter alone
 
 
+def name_of(item):
+    "The model that a test of the contract is about; '' for other tests, and where a chapter has no models."
+    name = item.callspec.params.get('name') if hasattr(item, 'callspec') else None
+    return name if isinstance(name, str) else ''
+
+
 def chapter_of(item):
     "The chapter whose own test this is: by its folder, or, for what is dear in the contract, by its model; '' for everybody's."
     parts = item.path.relative_to(HERE).parts
     if parts[0] == 'chapters': return parts[1]
-    if not item.get_closest_marker('dear'): return ''
+    if not item.get_closest_marker('dear') or not (name := name_of(item)): return ''
     from vitbook.registry import model_info
-    return model_info(item.callspec.params['name'])['chapter']
+    return model_info(name)['chapter']
 
 
 def pytest_collection_modifyitems(config, items):
@@ -54,7 +60,7 @@ def pytest_collection_modifyitems(config, items):
         items[:] = mine
     slug, left = config.getoption('--chapter'), []
     whole = all(Path(name.partition('::')[0]).resolve() == HERE for name in config.args) and not config.option.keyword
-    if slug: left = [item for item in items if chapter_of(item) != slug and not isinstance(getattr(item, 'callspec', None) and item.callspec.params.get('name'), str)]
+    if slug: left = [item for item in items if chapter_of(item) != slug and not name_of(item)]
     elif whole and not config.getoption('--all'):
         from plan import stale_tests
         left = [item for item in items if (own := chapter_of(item)) and own not in stale_tests()]

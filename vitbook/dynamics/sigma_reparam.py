@@ -376,9 +376,8 @@ def _plan(model, skip, qkv, redrawn):
         fused = kind is nn.MultiheadAttention or kind is nn.Linear and steps[-1] in QKV and not rest
         out.append((name, m, kind, {'fused': None, 'qk_v': (2 * d, d), 'separate': (d, d, d)}[qkv] if fused else None))
     if unused: raise ValueError(f'skip: nothing in the model is named {", ".join(sorted(unused))}')
-    if not out and not any(True for _ in sigma_layers(model)):
-        left = f' outside of skip={list(skip)}' if skip else ''
-        raise ValueError(f'model: {type(model).__name__} has nothing to convert, no {", ".join(k.__name__ for k in KINDS)}{left}')
+    if not out and not skip and not any(True for _ in sigma_layers(model)):
+        raise ValueError(f'model: {type(model).__name__} has nothing to convert, no {", ".join(k.__name__ for k in KINDS)}')
     if qkv != 'fused' and not any(blocks for *_, blocks in out): raise ValueError(f'qkv={qkv!r} needs a linear layer named {", ".join(QKV)} or an nn.MultiheadAttention, the model has none')
     return out
 

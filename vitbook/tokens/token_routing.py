@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from ..backbone import Backbone, Level
+from ..kernels.entropy_attention import as_written
 from ..layers.attention import attention, attention_scores, masked_softmax
 from ..layers.block import Block, DropPath, drop_path_rates
 from ..layers.conv import DepthwiseConv2d, map_to_tokens, tokens_to_map
@@ -87,7 +88,7 @@ class Gate(nn.Module):
     def scores(self, x: Float[Tensor, '*b d']) -> Float[Tensor, '*b two']:
         "Scores of (shut, open), in float32 also under autocast: a decision should not hang on the rounding."
         weight, bias = (self.weight, self.bias) if self.training else (self.weight_hat, self.bias_hat)
-        with torch.autocast(x.device.type, enabled=False): return F.linear(x.to(weight.dtype), weight, bias)
+        with as_written(x): return F.linear(x.to(weight.dtype), weight, bias)
 
     def decide(self, x: Float[Tensor, '*b d'], temperature: float = 1., noise: bool = True, shift: float = 0.) -> Float[Tensor, '*b']:
         "1 where the gate opens and 0 where it shuts, with the gradient of a Gumbel softmax."
