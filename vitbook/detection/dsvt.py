@@ -288,6 +288,29 @@ def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else: found[name] = value
     return found
 
+# %% ../../nbs/05_detection/06_dsvt.ipynb #1bef5e56
+class _Published(Official):
+    "What the official weights of a DSVT are called, and what they tell of its arguments."
+    @staticmethod
+    def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "The entries of an official backbone, alone or inside a detector, under the names of ours."
+        return official_names(state_dict)
+
+    @staticmethod
+    def official_arguments(
+        state_dict: Mapping[str, Tensor],
+        num_heads: int | None = None,       # weights do not tell it: 8 in the published models
+    ) -> dict[str, Any]:
+        "Widths, depths, MLPs, and how stages are pooled; grids, sets and windows are the constructor's defaults."
+        sd = official_names(state_dict)
+        firsts = [sd[k] for i in range(len(sd)) if (k := f'stages.{i}.0.layers.0.mlp.fc1.weight') in sd]
+        if not firsts: raise ValueError(f'state_dict is of no DSVT: it has no stages, but {", ".join(list(state_dict)[:3])}')
+        depths = [len({k.split('.')[2] for k in sd if k.startswith(f'stages.{i}.')}) for i in range(len(firsts))]
+        kind = 'linear' if 'pools.0.linear.weight' in sd else 'attention' if 'pools.0.pos' in sd else 'maxpool'
+        return dict(embed_dim=[w.shape[1] for w in firsts], depths=depths, mlp_ratio=[w.shape[0] / w.shape[1] for w in firsts],
+                    num_heads=known_heads(num_heads, firsts[0].shape[1], {192: 8, 128: 8}),
+                    **dict(pooling=kind) if len(firsts) > 1 else {})
+
 # %% ../../nbs/05_detection/06_dsvt.ipynb #1d993052
 class Stage(NamedTuple):
     "All index tables of a stage: they follow from the coordinates alone, and all its blocks share them."
@@ -296,7 +319,7 @@ class Stage(NamedTuple):
 
 Triple = Sequence[int]
 
-class DSVT(Official, nn.Module):
+class DSVT(_Published, nn.Module):
     """Dynamic Sparse Voxel Transformer: stages of blocks of set attention, with pooling between stages. Sizes are in the order x, y, z, coordinates are scene, z, y, x.
 
     ValueError if numbers of stages, channels or heads do not fit. Source: arXiv:2301.06051, sec. 3."""
@@ -396,26 +419,6 @@ class DSVT(Official, nn.Module):
                 number += 1
             if stage.pooled is not None: x, coords = self.pools[i](gather_children(x, stage.pooled, math.prod(self.pool_strides[i]))), stage.pooled.coords
         return x, coords
-
-    @staticmethod
-    def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        "The entries of an official backbone, alone or inside a detector, under the names of ours."
-        return official_names(state_dict)
-
-    @staticmethod
-    def official_arguments(
-        state_dict: Mapping[str, Tensor],
-        num_heads: int | None = None,       # weights do not tell it: 8 in the published models
-    ) -> dict[str, Any]:
-        "Widths, depths, MLPs, and how stages are pooled; grids, sets and windows are the constructor's defaults."
-        sd = official_names(state_dict)
-        firsts = [sd[k] for i in range(len(sd)) if (k := f'stages.{i}.0.layers.0.mlp.fc1.weight') in sd]
-        if not firsts: raise ValueError(f'state_dict is of no DSVT: it has no stages, but {", ".join(list(state_dict)[:3])}')
-        depths = [len({k.split('.')[2] for k in sd if k.startswith(f'stages.{i}.')}) for i in range(len(firsts))]
-        kind = 'linear' if 'pools.0.linear.weight' in sd else 'attention' if 'pools.0.pos' in sd else 'maxpool'
-        return dict(embed_dim=[w.shape[1] for w in firsts], depths=depths, mlp_ratio=[w.shape[0] / w.shape[1] for w in firsts],
-                    num_heads=known_heads(num_heads, firsts[0].shape[1], {192: 8, 128: 8}),
-                    **dict(pooling=kind) if len(firsts) > 1 else {})
 
 # %% ../../nbs/05_detection/06_dsvt.ipynb #d199ecaa
 class ResBlock2d(nn.Module):

@@ -328,7 +328,7 @@ def locally_biased_attention(q: Float[Tensor, 'b h n d'],
     rows = lambda t: t if t is None or full(t).shape[-2] == 1 else full(t)[:, :, :c]
     head = rows(mask)
     if causal:
-        before = torch.arange(n, device=q.device) <= torch.arange(c, device=q.device)[:, None]
+        before = (torch.arange(n, device=q.device) <= torch.arange(c, device=q.device)[:, None])[None, None]
         head = before if head is None else head & before
     return torch.cat([attention(q[:, :, :c], k, v, bias=rows(bias), mask=head, scale=scale, dropout_p=dropout_p), out], 2)
 
@@ -552,7 +552,9 @@ def _watched(self, *args, **kwargs):
     finally: _now.modules.pop()
     for ctx, _ in self.__dict__.get('_subsampling', ()):
         ctx.called = True
-        if ctx.active and ctx.model is self and outermost and not ctx.seen: raise ValueError(ctx.nothing())
+        if ctx.active and ctx.model is self and outermost and not ctx.seen:
+            ctx.called = False                                     # it is told here, and not again at the end
+            raise ValueError(ctx.nothing())
     return out
 
 def _compute(self, args, kwargs):

@@ -427,8 +427,30 @@ class LMHead(nn.Module):
     def forward(self, x: Float[Tensor, 'b n c'], weight: Float[Tensor, 'k c'] | None = None) -> Float[Tensor, 'b n k']:
         return F.linear(self.norm(self.act(self.dense(x))), self.weight if weight is None else weight, self.bias)
 
+# %% ../../nbs/01_dynamics/03_urpe.ipynb #1a1a3296
+class _Published(Official):
+    "What the official weights of a URPEncoder are called, and what they tell of its arguments."
+    @staticmethod
+    def official_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "Names of the official encoder, alone or inside its RoBERTa model, turned into ours."
+        dropped = '_float_tensor', 'classification_heads'
+        return join_qkv(renamed({k: v for k, v in weights.items() if not any(x in k for x in dropped)}, _names))
+
+    @staticmethod
+    def official_arguments(
+        weights: Mapping[str, Tensor],
+        config: Mapping[str, Any] = {},         # of the official constructor; else its defaults
+    ) -> dict[str, Any]:
+        "The constructor's arguments of the official ones, and of the weights. ValueError for unknown ones."
+        return _arguments(URPEncoder.official_names(weights), config)
+
+    def resized(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "Where the words' matrix is the head's too, it may be there under either name, or both."
+        if not self.tied or 'head.weight' not in weights: return dict(weights)
+        return {k: v for k, v in weights.items() if k != 'head.weight'} | {'embed.weight': weights['head.weight']}
+
 # %% ../../nbs/01_dynamics/03_urpe.ipynb #c2908556
-class URPEncoder(Official, nn.Module):
+class URPEncoder(_Published, nn.Module):
     """A Transformer over tokens with relative biases B, factors C, both or neither: the encoder of the paper's synthetic tasks, with the options of its code.
 
     ValueError if a sequence is longer than the tables reach. Source: arXiv:2205.13401, sec. 5.1."""
@@ -536,25 +558,6 @@ class URPEncoder(Official, nn.Module):
         for block in self.blocks: states.append(block(states[-1], mask=mask, bias=B, factor=C, causal=causal))
         if return_states: return states
         return states[-1] if self.head is None else self.head(states[-1], self.embed.weight if self.tied else None)
-
-    @staticmethod
-    def official_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        "Names of the official encoder, alone or inside its RoBERTa model, turned into ours."
-        dropped = '_float_tensor', 'classification_heads'
-        return join_qkv(renamed({k: v for k, v in weights.items() if not any(x in k for x in dropped)}, _names))
-
-    @staticmethod
-    def official_arguments(
-        weights: Mapping[str, Tensor],
-        config: Mapping[str, Any] = {},         # of the official constructor; else its defaults
-    ) -> dict[str, Any]:
-        "The constructor's arguments of the official ones, and of the weights. ValueError for unknown ones."
-        return _arguments(URPEncoder.official_names(weights), config)
-
-    def resized(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        "Where the words' matrix is the head's too, it may be there under either name, or both."
-        if not self.tied or 'head.weight' not in weights: return dict(weights)
-        return {k: v for k, v in weights.items() if k != 'head.weight'} | {'embed.weight': weights['head.weight']}
 
 # %% ../../nbs/01_dynamics/03_urpe.ipynb #397bfab3
 _defaults = dict(padding_idx=1, vocab_size=None, num_encoder_layers=6, embedding_dim=768, ffn_embedding_dim=3072, num_attention_heads=8, dropout=.1, attention_dropout=.1, activation_dropout=.1,

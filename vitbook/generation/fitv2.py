@@ -384,8 +384,57 @@ class _Packed:
         for block in self.blocks: x = block(x, spread(block.modulation(c, shared)), None, rope, ends=ends)
         return self.final_layer(x, spread(self.final_layer.modulation(c)))[0]
 
+# %% ../../nbs/08_generation/01_fitv2.ipynb #f21ec45b
+class _Published(Official):
+    "What the official weights of a FiT are called, and what they tell of its arguments."
+    @staticmethod
+    def official_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "Official names to ours: the three maps of a gated MLP are called gate, value and out."
+        out = {}
+        for name, value in weights.items():
+            gated = 'adaLN_modulation.fc2.' in name or name.replace('.fc2.', '.fc1_g.') in weights
+            new = name.replace('.fc1_g.', '.gate.').replace('.fc1_x.', '.value.')
+            out[new.replace('.fc2.', '.out.') if gated else new] = value
+        return out
+
+    @staticmethod
+    def official_arguments(
+        weights: Mapping[str, Tensor],
+        num_heads: int | None = None,   # weights tell it only if queries are normalised with a weight
+        patch_size: int = 2,            # weights do not tell it
+    ) -> dict[str, Any]:
+        """What weights tell: sizes, kinds of MLP and of modulation, biases, which norms have weights.
+
+        Rotary positions, their scaling and norms without weights are the constructor's defaults."""
+        names = FiT.official_names(weights)
+        if not {'x_embedder.proj.weight', 'y_embedder.embedding_table.weight', 'final_layer.linear.weight'} <= set(names):
+            raise ValueError(f'weights are of no FiT: they begin with {", ".join(list(weights)[:3])}')
+        dim, token = names['x_embedder.proj.weight'].shape
+        depth = len({k.split('.')[1] for k in names if k.startswith('blocks.')})
+        own = {k.removeprefix('blocks.0.'): w for k, w in names.items() if k.startswith('blocks.0.')}
+        weighted = {f'{x}_norm': 'w_layernorm' for x in 'qk' if f'attn.{x}_norm.weight' in own}
+        if weighted and num_heads is None: num_heads = dim // next(w.shape[0] for k, w in own.items() if '_norm.weight' in k)
+        told = dict(patch_size=patch_size, in_chans=token // patch_size ** 2, embed_dim=dim, depth=depth,
+                    num_classes=names['y_embedder.embedding_table.weight'].shape[0] - 1,
+                    num_heads=known_heads(num_heads, dim, {1152: 16, 2304: 24}), **weighted)
+        if names['final_layer.linear.weight'].shape[0] == 2 * token: told |= dict(learn_sigma=True, flow=False)
+        if 'mlp.gate.weight' in own: told |= FiT._gate(own['mlp.gate.weight'].shape[0], dim)
+        elif 'mlp.fc1.weight' in own: told |= dict(mlp='gelu', mlp_ratio=own['mlp.fc1.weight'].shape[0] / dim)
+        lora = 'global_adaLN_modulation.1.weight' in names
+        told['adaln'] = 'lora' if lora else 'swiglu' if 'adaLN_modulation.gate.weight' in own else 'full'
+        if lora and 'adaLN_modulation.1.weight' in own: told['adaln_rank'] = own['adaLN_modulation.1.weight'].shape[0]
+        return told | dict(qkv_bias='attn.qkv.bias' in own, adaln_bias='final_layer.adaLN_modulation.1.bias' in names
+                           or 'final_layer.adaLN_modulation.out.bias' in names,
+                           mlp_bias=any(k in own for k in ('mlp.gate.bias', 'mlp.fc1.bias')))
+
+    @staticmethod
+    def _gate(hidden: int, dim: int) -> dict[str, Any]:
+        "The gated MLP of this width: of ratio 4, with two thirds of its hidden width or with all of it."
+        if hidden % dim == 0: return dict(mlp='swiglu_large', mlp_ratio=hidden / dim)
+        return dict(mlp='swiglu', mlp_ratio=next(r / 4 for r in range(1, 65) if int(dim * r / 4) * 2 // 3 >= hidden))
+
 # %% ../../nbs/08_generation/01_fitv2.ipynb #84643c23
-class FiT(_Packed, Official, nn.Module):
+class FiT(_Packed, _Published, nn.Module):
     "A flexible Transformer that predicts the velocity (or noise) of noisy tokens. Source: arXiv:2410.13925; with adaln='full', mlp='swiglu_large' and no norms of queries and keys arXiv:2402.12376."
     def __init__(self,
                  patch_size: int = 2,
@@ -494,52 +543,6 @@ class FiT(_Packed, Official, nn.Module):
         cond, uncond = self(twice(x), twice(t), torch.cat([y, torch.full_like(y, self.num_classes)]), twice(grid), twice(mask), twice(size)).chunk(2)
         channels = min(3, self.in_chans) * self.patch_size ** 2 if channels is None else channels
         return guide(cond, uncond, falling_scale(t.float(), scale, power).to(cond.dtype) if power else scale, channels)
-
-    @staticmethod
-    def official_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        "Official names to ours: the three maps of a gated MLP are called gate, value and out."
-        out = {}
-        for name, value in weights.items():
-            gated = 'adaLN_modulation.fc2.' in name or name.replace('.fc2.', '.fc1_g.') in weights
-            new = name.replace('.fc1_g.', '.gate.').replace('.fc1_x.', '.value.')
-            out[new.replace('.fc2.', '.out.') if gated else new] = value
-        return out
-
-    @staticmethod
-    def official_arguments(
-        weights: Mapping[str, Tensor],
-        num_heads: int | None = None,   # weights tell it only if queries are normalised with a weight
-        patch_size: int = 2,            # weights do not tell it
-    ) -> dict[str, Any]:
-        """What weights tell: sizes, kinds of MLP and of modulation, biases, which norms have weights.
-
-        Rotary positions, their scaling and norms without weights are the constructor's defaults."""
-        names = FiT.official_names(weights)
-        if not {'x_embedder.proj.weight', 'y_embedder.embedding_table.weight', 'final_layer.linear.weight'} <= set(names):
-            raise ValueError(f'weights are of no FiT: they begin with {", ".join(list(weights)[:3])}')
-        dim, token = names['x_embedder.proj.weight'].shape
-        depth = len({k.split('.')[1] for k in names if k.startswith('blocks.')})
-        own = {k.removeprefix('blocks.0.'): w for k, w in names.items() if k.startswith('blocks.0.')}
-        weighted = {f'{x}_norm': 'w_layernorm' for x in 'qk' if f'attn.{x}_norm.weight' in own}
-        if weighted and num_heads is None: num_heads = dim // next(w.shape[0] for k, w in own.items() if '_norm.weight' in k)
-        told = dict(patch_size=patch_size, in_chans=token // patch_size ** 2, embed_dim=dim, depth=depth,
-                    num_classes=names['y_embedder.embedding_table.weight'].shape[0] - 1,
-                    num_heads=known_heads(num_heads, dim, {1152: 16, 2304: 24}), **weighted)
-        if names['final_layer.linear.weight'].shape[0] == 2 * token: told |= dict(learn_sigma=True, flow=False)
-        if 'mlp.gate.weight' in own: told |= FiT._gate(own['mlp.gate.weight'].shape[0], dim)
-        elif 'mlp.fc1.weight' in own: told |= dict(mlp='gelu', mlp_ratio=own['mlp.fc1.weight'].shape[0] / dim)
-        lora = 'global_adaLN_modulation.1.weight' in names
-        told['adaln'] = 'lora' if lora else 'swiglu' if 'adaLN_modulation.gate.weight' in own else 'full'
-        if lora and 'adaLN_modulation.1.weight' in own: told['adaln_rank'] = own['adaLN_modulation.1.weight'].shape[0]
-        return told | dict(qkv_bias='attn.qkv.bias' in own, adaln_bias='final_layer.adaLN_modulation.1.bias' in names
-                           or 'final_layer.adaLN_modulation.out.bias' in names,
-                           mlp_bias=any(k in own for k in ('mlp.gate.bias', 'mlp.fc1.bias')))
-
-    @staticmethod
-    def _gate(hidden: int, dim: int) -> dict[str, Any]:
-        "The gated MLP of this width: of ratio 4, with two thirds of its hidden width or with all of it."
-        if hidden % dim == 0: return dict(mlp='swiglu_large', mlp_ratio=hidden / dim)
-        return dict(mlp='swiglu', mlp_ratio=next(r / 4 for r in range(1, 65) if int(dim * r / 4) * 2 // 3 >= hidden))
 
 # %% ../../nbs/08_generation/01_fitv2.ipynb #d5c116d7
 _example = dict(patch_size=2, in_chans=1, num_classes=10, embed_dim=32, depth=2, num_heads=2)
