@@ -277,10 +277,18 @@ class Official:
     A subclass writes `official_names` where names differ, `official_arguments` (what weights tell of the
     constructor's arguments; what they do not tell are arguments of this method), and `resized`."""
     @staticmethod
-    def official_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]: return dict(weights)
+    def official_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "Official weights under this model's names."
+        return dict(weights)
+
     @staticmethod
-    def official_arguments(weights: Mapping[str, Tensor]) -> dict[str, Any]: return {}
-    def resized(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]: return dict(weights)
+    def official_arguments(weights: Mapping[str, Tensor]) -> dict[str, Any]:
+        "The arguments of the constructor that official weights tell of."
+        return {}
+
+    def resized(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        "Weights under this model's names, interpolated to the sizes that this model is built for."
+        return dict(weights)
 
     @ClassOrObject
     def from_official(self, weights):
