@@ -186,7 +186,7 @@ def test_each_missing_entry_is_named():
     before = {k: v.clone() for k, v in m.state_dict().items()}
     for name in state:
         if name == 'pos_grid': continue
-        with pytest.raises(ValueError, match=rf'1 missing \({re.escape(name)}\)$'): m.from_official({k: v for k, v in state.items() if k != name})
+        with pytest.raises(ValueError, match=rf'1 missing \({re.escape(name)}\)(; only the head differs.*)?$'): m.from_official({k: v for k, v in state.items() if k != name})
         assert all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
     assert m.from_official(state) is m and torch.equal(m.pos_embed, state['pos_embed'])
 
@@ -195,7 +195,8 @@ def test_queries_keys_and_values_are_joined_in_order():
     parts = {f'encoder.layer.0.attention.attention.{n}.{kind}': torch.full((2, 2) if kind == 'weight' else (2,), float(i)) for i, n in enumerate(('query', 'key', 'value')) for kind in ('weight', 'bias')}
     out = from_huggingface(dict(reversed(parts.items())) | {'pooler.dense.weight': torch.zeros(1), 'vit.embeddings.mask_token': torch.zeros(1)})
     assert {k: v.flatten().tolist() for k, v in out.items()} == {'blocks.0.attn.qkv.bias': [0, 0, 1, 1, 2, 2], 'blocks.0.attn.qkv.weight': [0] * 4 + [1] * 4 + [2] * 4}
-    with pytest.raises(ValueError, match=r"blocks.0.attn has \['k', 'q'\]"): from_huggingface({k: v for k, v in parts.items() if 'value' not in k})
+    incomplete = from_huggingface({k: v for k, v in parts.items() if 'value' not in k})
+    assert incomplete and not any('qkv' in k for k in incomplete), 'two of three are not joined: loading says what is missing'
 
 
 def test_a_file_by_its_name(tmp_path):
