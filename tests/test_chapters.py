@@ -81,8 +81,8 @@ each_story = pytest.mark.parametrize('notebook', STORIES, ids=lambda notebook: n
 
 def story_of(notebook):
     "The cells before the library half."
-    heads = [re.search(r'^## In the library', cell['source'], re.M) for cell in notebook.cells]
-    return notebook.cells[:next(i for i, cell in enumerate(notebook.cells) if heads[i] and cell['cell_type'] == 'markdown')]
+    heads = ['## In the library' in cell['source'] and cell['cell_type'] == 'markdown' for cell in notebook.cells]
+    return notebook.cells[:next(i for i, head in enumerate(heads) if head)]
 
 
 def words_read(cells):
@@ -92,7 +92,7 @@ def words_read(cells):
 
 
 def lines_shown(cell):
-    "The code a page shows unfolded: no plumbing (`#| export`), nothing hidden, directives and blank lines left out."
+    "The code a page shows unfolded: no plumbing (`#| export`), nothing hidden, no blank lines."
     told = cell.get('directives', {})
     away = {'hide', 'export', 'default_exp'} & set(told) or 'false' in (told.get('echo'), told.get('include'))
     if cell['cell_type'] != 'code' or away or told.get('code-fold') == 'true': return []
@@ -176,14 +176,15 @@ def test_outputs_are_good(notebook):
         assert not kept, f'saved warnings or progress in\n{cell["source"][:300]}\n{"".join(kept[0]["text"])[:500] if kept else ""}'
 
 
-HEAVY = {'04_tokens/01_token_routing.ipynb': 700_000}                     # until its cells, the slow ones too, are run again
+HEAVY = {'04_tokens/01_token_routing.ipynb': 700_000}          # until its slow cells are run again
 
 
 @pytest.mark.parametrize('notebook', notebooks(), ids=lambda notebook: notebook.name)
 def test_a_notebook_is_light(notebook):
-    "Git keeps every version of it. Pictures are palette PNGs (`vitbook.see.slim`); fewer, smaller ones are the way out."
+    "Git keeps every version of it. Pictures are palette PNGs already: fewer, smaller ones are the way out."
     size = notebook.path.stat().st_size
-    weights = sorted(((len(json.dumps(cell.get('outputs', []))), i) for i, cell in enumerate(notebook.cells)), reverse=True)
+    outputs = [json.dumps(cell.get('outputs', [])) for cell in notebook.cells]
+    weights = sorted(((len(output), i) for i, output in enumerate(outputs)), reverse=True)
     allowed = HEAVY.get(notebook.name, 600_000)
     assert size <= allowed, f'{size:,} bytes of {allowed:,}; the heaviest outputs (bytes, cell): {weights[:5]}'
 
