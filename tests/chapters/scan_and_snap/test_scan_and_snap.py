@@ -343,7 +343,8 @@ def test_the_picture_agrees_with_the_model():
 def test_the_exercises_run_what_they_show():
     "Each solution's code stands, with an assertion, in a hidden cell of the notebook."
     cells = story_cells()
-    solutions = re.findall(r'```python\n(.*?)```', next(c for c in cells if c.startswith('## Exercises')), re.S)
+    told = next(c for c in cells if c.startswith('## Exercises'))
+    solutions = re.findall(r'```python\n(.*?)```', told, re.S)
     hidden = [c for c in cells if c.startswith('#| hide\n')]
     assert len(solutions) == 4
     for solution in solutions:
