@@ -1,17 +1,15 @@
-"""Pages as they are seen: contrast, width and players in headless Chromium, light and dark, desk and phone.
+"""Pages as they are seen: contrast and width in headless Chromium, light and dark, desk and phone.
 
-Two kinds of pages: those that `vitbook run` makes, and the site's styles on a page built like Quarto's."""
+The site's styles on a page built like Quarto's."""
 import importlib.util
 import os
 import re
 import shutil
 from pathlib import Path
 
-import nbformat
 import pytest
 
-from tools import NBS, ROOT
-from vitbook.book import find_chapters, make_page
+from tools import NBS
 
 NAMES = 'chromium', 'chromium-browser'
 CHROMIUM = next(filter(None, [os.environ.get('VITBOOK_CHROMIUM'), *map(shutil.which, NAMES)]), None)
@@ -24,8 +22,6 @@ SHADES = pytest.mark.parametrize('shade', ['light', 'dark'])
 FILES = Path(__file__).parent/'pages'
 FAINT, OUTSIDE = ((FILES/f'{name}.js').read_text(encoding='utf-8') for name in ('faint', 'outside'))
 WIDER = '() => document.scrollingElement.scrollWidth - innerWidth'
-CUT = """() => [document.scrollingElement.scrollWidth - innerWidth,
-               document.scrollingElement.scrollHeight - innerHeight]"""
 
 
 @pytest.fixture(scope='module')
@@ -91,41 +87,3 @@ def test_width_is_measured(browser, tmp_path):
     (tmp_path/'page.html').write_text(like_quarto('light', loose), encoding='utf-8')
     page = opened(browser, tmp_path/'page.html', 'light', PHONE)
     assert page.evaluate(WIDER) > 0 and page.evaluate(OUTSIDE)
-
-
-# ---- the pages that `vitbook run` makes
-
-PAGES = [chapter for chapter in find_chapters(ROOT) if re.match(r'0[1-9]_', chapter.part) or not chapter.part]
-
-
-@pytest.fixture(scope='module', params=PAGES, ids=lambda chapter: chapter.slug)
-def made(request, tmp_path_factory):
-    "A notebook's page from its saved outputs."
-    path = tmp_path_factory.mktemp('page')/f'{request.param.slug}.html'
-    path.write_text(make_page(nbformat.read(request.param.path, 4), request.param), encoding='utf-8')
-    return path
-
-
-def test_a_page_can_be_read_everywhere(browser, made):
-    for shade in ('light', 'dark'):
-        page = opened(browser, made, shade, DESK)
-        assert page.evaluate(FAINT) == [], shade
-        page.close()
-    page = opened(browser, made, 'light', PHONE)
-    assert page.evaluate(WIDER) <= 0 and page.evaluate(OUTSIDE) == []
-    page.close()
-
-
-def test_players_fit_their_frames_and_play(browser, made):
-    page = opened(browser, made, 'light', DESK)
-    for frame in page.query_selector_all('iframe[srcdoc]'):
-        inside = frame.content_frame()
-        wide, high = inside.evaluate(CUT)
-        assert wide <= 0 and high <= 0, f'{frame.get_attribute("title")}: cut by {wide} x {high} pixels'
-        picture = 'img[id^="_anim_img"]'
-        if not inside.query_selector(picture): continue
-        before = inside.evaluate(f"() => document.querySelector('{picture}').src")
-        inside.evaluate("() => document.querySelector('button[title=\"Play\"]').click()")
-        moved = f"old => document.querySelector('{picture}').src !== old"
-        inside.wait_for_function(moved, arg=before, timeout=20_000)
-    page.close()
