@@ -220,9 +220,10 @@ def _anchor(text):
 # %% ../nbs/00_foundations/14_running_the_book.ipynb #3c6a1a2a
 _CSS = '''
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --soft: #f4f5f7; --line: #d9dce1; --link: #0b5cad; --dim: #5a6069;
-  --bad: #b3261e; --good: #1a7f37 }
+  --bad: #b3261e; --good: #1a7f37; --comment: #57606a; --keyword: #8a1f5c; --string: #1a5e2e; --number: #8a4b08 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --paper: #16181c; --soft: #20242a; --line: #3a3f47; --link: #7db7ff;
-  --dim: #a2a9b3; --bad: #ff8a80; --good: #6fd08c } }
+  --dim: #a2a9b3; --bad: #ff8a80; --good: #6fd08c; --comment: #a3adb8; --keyword: #f0a6c4; --string: #9bd6a5;
+  --number: #f2c08a } }
 body { margin: 0 auto; padding: 0 1.2rem 4rem; max-width: 58rem; background: var(--paper); color: var(--ink); font: 16px/1.6 system-ui, sans-serif }
 nav { padding: .7rem 0; border-bottom: 1px solid var(--line); margin-bottom: 1rem; color: var(--dim) }
 a { color: var(--link) } h1, h2, h3 { line-height: 1.25; margin-top: 1.8em } h1 { margin-top: .6em }
@@ -253,12 +254,20 @@ math[display=block] { margin: 1em 0; overflow-x: auto }
 .callout { border-left: 4px solid var(--link); background: var(--soft); padding: .2em 1em; margin: 1em 0 }
 .note { color: var(--dim); font-size: 14.5px }
 details.plumbing { border: 0; padding: 0; margin: .2em 0 } details.plumbing summary { color: var(--dim); font: 13px monospace }
-@media (prefers-color-scheme: dark) {
-  .highlight pre, .highlight pre span { color: #e4e6ea !important } .highlight .o, .highlight .nd, .highlight .ne { color: #d2a8ff !important }
-  .highlight .c1, .highlight .c, .highlight .cm { color: #8b98a9 !important }
-  .highlight .k, .highlight .kn, .highlight .kc, .highlight .ow, .highlight .kd { color: #7ee787 !important }
-  .highlight .s1, .highlight .s2, .highlight .sd, .highlight .sa, .highlight .s, .highlight .si { color: #ffa198 !important }
-  .highlight .mi, .highlight .mf { color: #79c0ff !important } }
+body .highlight pre, body .highlight pre :is(span, .o, .p), .jp-RenderedText pre { color: var(--ink) }
+body .highlight pre :is(.c, .c1, .cm, .ch, .cs) { color: var(--comment); font-style: normal }
+body .highlight pre :is(.k, .kn, .kc, .kd, .kr, .kt, .ow) { color: var(--keyword); font-weight: normal }
+body .highlight pre :is(.s, .s1, .s2, .sa, .sb, .sd, .se, .sf, .sh, .si, .sr) { color: var(--string) }
+body .highlight pre :is(.m, .mi, .mf, .mh, .mb, .mo) { color: var(--number) }
+body .highlight pre :is(.nf, .nc, .nd, .nb, .ne, .fm) { color: var(--link) }
+body .jp-RenderedHTMLCommon :not(pre) > code { color: var(--ink); background: var(--soft); overflow-wrap: anywhere; white-space: normal }
+.highlight pre { white-space: pre-wrap; overflow-wrap: anywhere }
+.jp-OutputArea-output pre { white-space: pre-wrap; overflow-wrap: anywhere }
+math[display=block] { max-width: 100%; overflow-y: hidden }
+@media (max-width: 600px) {
+  body { padding: 0 .8rem 3rem } math[display=block] { font-size: 13px }
+  .jp-RenderedHTMLCommon table { display: block; overflow-x: auto; max-width: 100% } td, th { min-width: 5rem }
+  h1, h2, h3, p, li { overflow-wrap: break-word } }
 '''
 _TEMPLATE = '''{%- extends 'lab/index.html.j2' -%}
 {%- block html_head_js -%}{%- endblock -%}
