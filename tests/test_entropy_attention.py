@@ -174,10 +174,10 @@ def test_entropy_alone():
         g = torch.randn_like(want)
         wanted = torch.autograd.grad((want * g).sum(), (q, k))
         for way in ('auto', 'naive', 'blockwise', 'triton'):
-            H = E.attention_entropy(q, k, **rest, backend=way)
+            H = E.query_entropy(q, k, **rest, backend=way)
             assert_close(H, want, rtol=1e-5, atol=1e-5)
             for a, b in zip(torch.autograd.grad((H * g).sum(), (q, k)), wanted): assert_close(a, b, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match='mean of a bias'): E.attention_entropy(q, k, bias=torch.zeros(()), backend='twice')
+    with pytest.raises(ValueError, match='mean of a bias'): E.query_entropy(q, k, bias=torch.zeros(()), backend='twice')
 
 
 def test_under_autocast():
@@ -262,7 +262,7 @@ def test_every_way_in_goes_by_the_same_choice(monkeypatch):
     asked, choice = [], E._backend
     monkeypatch.setattr(E, '_backend', lambda *a, **kw: asked.append(a[0]) or choice(*a, **kw))
     E.entropy_attention(q, k, v)
-    E.attention_entropy(q, k)
+    E.query_entropy(q, k)
     attention(q, k, v, return_entropy=True)
     assert asked == ['auto'] * 3
 
@@ -325,10 +325,10 @@ def test_autocast_lowers_what_comes_in(backend):
     if backend != 'auto' and E.refusal(backend): pytest.skip(E.refusal(backend))
     q, k, v, _, M = inputs(n=9, m=13, g=1, mask=(1, 1, 9, 13))
     low = [x.detach().bfloat16() for x in (q, k, v)]
-    want, alone = E.entropy_attention(*low, mask=M, backend=backend), E.attention_entropy(*low[:2], mask=M, backend=backend)
+    want, alone = E.entropy_attention(*low, mask=M, backend=backend), E.query_entropy(*low[:2], mask=M, backend=backend)
     with torch.autocast('cpu', torch.bfloat16):
         got = E.entropy_attention(q, k, low[2], mask=M, backend=backend)
-        assert_close(E.attention_entropy(q, low[1], mask=M, backend=backend), alone)
+        assert_close(E.query_entropy(q, low[1], mask=M, backend=backend), alone)
         assert E.explain(q, k, low[2], mask=M) == E.explain(*low, mask=M)
     assert got.out.dtype == torch.bfloat16
     for x, y in zip(got, want): assert_close(x.to(y.dtype), y, **(dict(rtol=2e-2, atol=1e-2) if backend == 'naive' else dict(rtol=0, atol=0)))      # the equation's own steps are autocast's

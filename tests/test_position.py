@@ -7,8 +7,9 @@ from hypothesis import given, strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from vitbook.layers.position import (LearnedGrid, RelativePositionBias, apply_rope, relative_index, resize_position, rope_1d, rope_2d,
-                                     sincos_1d, sincos_2d, trained_grid)
+from vitbook.layers.position import (
+    LearnedGrid, RelativePositionBias, angles, apply_rope, frequencies, hands_kept, mixed, ntk_base, relative_index,
+    resize_position, rope_1d, rope_2d, rope_last, rotate_halves, sincos_1d, sincos_2d, trained_grid, yarn_sharpness)
 
 side = st.integers(1, 5)
 
@@ -218,3 +219,86 @@ def test_a_module_says_its_grid():
 ])
 def test_bad_input(what, call, unchecked):
     with pytest.raises(ValueError, match=rf'\b{what}\b'): call()
+
+
+@given(st.sampled_from([2, 4, 6, 16]), st.sampled_from([3., 100., 1e4]))
+def test_frequencies_by_the_equation(dim, base):
+    want = [base ** (-2 * i / dim) for i in range(dim // 2)]
+    assert_close(frequencies(dim, base), torch.tensor(want, dtype=torch.float64), rtol=1e-14, atol=0)
+    low = frequencies(dim, base, torch.float)
+    assert low.dtype == torch.float and torch.allclose(low.double(), frequencies(dim, base), rtol=1e-6)
+    each = frequencies(dim, torch.tensor([[base], [2 * base]], dtype=torch.float64))
+    assert_close(each, torch.stack([frequencies(dim, base), frequencies(dim, 2 * base)]))
+    at = torch.tensor([0., 2.5, 9.])
+    by_hand = [[m * f for f in want] for m in at.tolist()]
+    assert_close(angles(at, dim, base), torch.tensor(by_hand, dtype=torch.float64))
+    assert torch.equal(angles(4, dim, base), angles(torch.arange(4.), dim, base))
+
+
+@pytest.mark.parametrize('dim', [0, 1, 7])
+def test_frequencies_refuse_odd_widths(dim):
+    for call in (frequencies, lambda d: angles(3, d), lambda d: rope_1d(3, d), lambda d: sincos_1d(3, d)):
+        with pytest.raises(ValueError, match=f'dim.*{dim}'): call(dim)
+
+
+@given(st.integers(1, 5), st.sampled_from([2, 6, 8]))
+def test_halves_are_neighbours_in_another_order(n, d):
+    x, angle = seeded(2, 3, n, d), seeded(n, d // 2, seed=1)
+    order = torch.arange(d).view(d // 2, 2).T.flatten()                # channels 0, 2, 4 … 1, 3, 5 …
+    got = rotate_halves(x[..., order], angle.cos(), angle.sin())
+    both = angle.repeat_interleave(2, -1)
+    assert_close(got, apply_rope(x, both.cos(), both.sin())[..., order])
+    z = torch.complex(x[..., ::2], x[..., 1::2]) * torch.polar(torch.ones_like(angle), angle)
+    assert_close(got, torch.cat([z.real, z.imag], -1))
+    assert rotate_halves(x.bfloat16(), angle.float().cos(), angle.float().sin()).dtype == torch.bfloat16
+
+
+@given(st.integers(0, 3), st.integers(1, 4))
+def test_tokens_in_front_are_not_turned(prefix, n):
+    x, (cos, sin) = seeded(2, 3, prefix + n, 8, dtype=torch.float), rope_1d(n, 8)
+    got = rope_last(x, cos, sin)
+    assert torch.equal(got[:, :, :prefix], x[:, :, :prefix])
+    assert torch.equal(got[:, :, prefix:], apply_rope(x[:, :, prefix:], cos, sin))
+
+
+@given(st.sampled_from([4, 6, 32]), st.floats(1, 50), st.sampled_from([100., 1e4]))
+def test_ntk_slows_the_slowest_hand_by_the_factor(dim, factor, base):
+    plain, slowed = frequencies(dim, base), frequencies(dim, ntk_base(factor, dim, base))
+    assert slowed[0] == plain[0] == 1
+    assert abs(slowed[-1] * factor / plain[-1] - 1) < 1e-9
+    assert (slowed <= plain * (1 + 1e-12)).all() and (slowed >= plain / factor * (1 - 1e-12)).all()
+    with pytest.raises(ValueError, match='dim.*2'): ntk_base(factor, 2)
+
+
+@pytest.mark.parametrize('whole', [True, False])
+@pytest.mark.parametrize('dim, length, fast, slow', [
+    (64, 4096, 32, 1), (32, 512, 32, 1), (32, 64, 8, 2), (8, 16, 1.25, .75)])
+def test_hands_that_turn_often_are_kept(dim, length, fast, slow, whole):
+    kept = hands_kept(dim, length, fast, slow, whole=whole)
+    turns = frequencies(dim) * length / (2 * math.pi)
+    low, high = (next((i for i, t in enumerate(turns) if t <= many), dim // 2) for many in (fast, slow))
+    assert (kept[:max(low - 1, 0)] == 1).all() and (kept[high + 1:] == 0).all() and (kept.diff() <= 0).all()
+    if not whole:                                               # the index of a frequency, solved for by hand
+        at = [dim * math.log(length / (many * 2 * math.pi)) / (2 * math.log(1e4)) for many in (fast, slow)]
+        first, last = max(at[0], 0), min(at[1], dim - 1)
+        ramp = [min(max((i - first) / (last - first), 0.), 1.) for i in range(dim // 2)]
+        assert_close(kept, 1 - torch.tensor(ramp))
+
+
+def test_a_ramp_without_length_is_a_step():
+    kept = hands_kept(32, 512, 4., 4., whole=False)
+    assert set(kept.tolist()) == {0., 1.}
+    turns = frequencies(32) * 512 / (2 * math.pi)
+    assert torch.equal(kept == 1, turns > 4)
+
+
+def test_mixing_and_sharpness():
+    plain, kept = frequencies(32, dtype=torch.float), hands_kept(32, 512)
+    yarn = mixed(plain / 4, plain, kept)
+    assert torch.equal(yarn[kept == 1], plain[kept == 1])
+    assert torch.equal(yarn[kept == 0], plain[kept == 0] / 4)
+    inner = (kept > 0) & (kept < 1)
+    assert inner.any() and (yarn < plain)[inner].all() and (yarn > plain / 4)[inner].all()
+    assert yarn_sharpness(.5) == yarn_sharpness(1.) == 1
+    assert abs(yarn_sharpness(2.) - 1 - .1 * math.log(2)) < 1e-12
+    assert_close(yarn_sharpness(torch.tensor([.5, 4.]), .3), torch.tensor([1., 1 + .3 * math.log(4)]))

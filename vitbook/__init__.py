@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:   # what `__getattr__` finds, said to editors and type checkers
     from . import backbone as backbone, bench as bench, data as data, dynamics as dynamics, flow as flow, kernels as kernels
-    from . import lab as lab, layers as layers, measure as measure, registry as registry, see as see, train as train, vit as vit
+    from . import judge as judge, lab as lab, layers as layers, measure as measure, probe as probe, registry as registry, see as see, train as train, vit as vit
     from .backbone import load_checkpoint
     from .registry import create_model, list_models, model_info
 

@@ -9,11 +9,11 @@ __all__ = ['Bench', 'register_bench', 'list_benches', 'numbers', 'both', 'attent
 # %% ../nbs/00_foundations/21_bench.ipynb #9b396101
 import contextlib, json, os, platform, re
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 import torch
-from . import measure, see
+from . import measure
+from .names import installed
 
 # %% ../nbs/00_foundations/21_bench.ipynb #65e45742
 class Bench(NamedTuple):
@@ -85,7 +85,7 @@ def entropy_attention(device: str) -> dict[str, Callable]:
     from vitbook.kernels import entropy_attention as E
     can = [name for name in E.BACKENDS if E.refusal(name, device) is None and not (name == 'triton' and device == 'cpu')]      # the interpreter is for tests
     way = lambda name: lambda n: both(lambda q, k, v: tuple(E.entropy_attention(q, k, v, backend=name)[:2]), _inputs(n, device))
-    probe = lambda n: both(lambda q, k, v: (F.scaled_dot_product_attention(q, k, v), E.attention_entropy(q.detach(), k.detach())), _inputs(n, device))
+    probe = lambda n: both(lambda q, k, v: (F.scaled_dot_product_attention(q, k, v), E.query_entropy(q.detach(), k.detach())), _inputs(n, device))
     return {'sdpa': lambda n: both(F.scaled_dot_product_attention, _inputs(n, device))} | {name: way(name) for name in can} | {'sdpa and a probe': probe}
 
 def ragged(n: int, seed: int = 0) -> list[int]:
@@ -133,10 +133,6 @@ def set_attention(device: str) -> dict[str, Callable]:
     return {'naive': slow, 'sdpa': plain, 'batched sets': fast}
 
 # %% ../nbs/00_foundations/21_bench.ipynb #f35f2a9c
-def _version(name):
-    try: return metadata.version(name)
-    except metadata.PackageNotFoundError: return None
-
 def machine(device: str = 'cpu') -> dict[str, Any]:
     "What the times of this machine depend on."
     name = platform.processor() or platform.machine()
@@ -147,7 +143,7 @@ def machine(device: str = 'cpu') -> dict[str, Any]:
     facts = dict(processor=name, cores=os.cpu_count(), memory_gib=None if memory is None else round(memory), system=f'{platform.system()} {platform.machine()}',
                  python=platform.python_version(), torch=torch.__version__, threads=torch.get_num_threads())
     if torch.device(device).type == 'cuda':
-        facts |= dict(gpu=torch.cuda.get_device_name(device), gpu_memory_gib=round(torch.cuda.get_device_properties(device).total_memory / 2**30), cuda=torch.version.cuda, triton=_version('triton'))
+        facts |= dict(gpu=torch.cuda.get_device_name(device), gpu_memory_gib=round(torch.cuda.get_device_properties(device).total_memory / 2**30), cuda=torch.version.cuda, triton=installed('triton'))
     return facts
 
 def run_bench(name: str,

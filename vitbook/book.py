@@ -11,10 +11,10 @@ __all__ = ['BookError', 'find_root', 'Chapter', 'find_chapters', 'choose', 'writ
 import asyncio, contextlib, functools, html, importlib.util, json, os, queue, re, shutil, signal, sys, tempfile, threading, time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from html.parser import HTMLParser
 from pathlib import Path
 from . import lock
+from .names import did_you_mean, nearest
 
 # %% ../nbs/00_foundations/14_running_the_book.ipynb #bf82c5e4
 class BookError(Exception):
@@ -89,8 +89,8 @@ def choose(chapters: list[Chapter], names: Iterable[str]) -> list[Chapter]:
         elif key in known: wanted |= known[key]
         elif key in parts: wanted |= parts[key]
         else:
-            near = get_close_matches(key, dict.fromkeys([*(c.slug for c in chapters), *(_unnumbered(c.part) for c in chapters if c.part), key]), n=4, cutoff=.6)[1:]
-            hint = f'did you mean {" or ".join(near)}?' if near else '`vitbook chapters` lists them'
+            near = nearest(key, [*(c.slug for c in chapters), *(_unnumbered(c.part) for c in chapters if c.part)], cutoff=.6)
+            hint = did_you_mean(near, '`vitbook chapters` lists them')
             raise BookError(f'there is no chapter or part named {name!r}: {hint}')
     return [c for c in chapters if c in wanted or not names]
 

@@ -9,7 +9,7 @@ __all__ = ['HOOK', 'LOCK', 'SCOREBOARD', 'trace_environment', 'Trace', 'read_tra
 
 # %% ../nbs/00_foundations/23_lock.ipynb #14b99b8e
 import ast, functools, hashlib, json, os, platform, re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Triple', 'HEADS', 'naive_set_positions', 'Sets', 'set_positions', 'set_partition', 'rotated_keys', 'Config',
-           'SetAttention', 'act_named', 'SetLayer', 'PositionMlp', 'DSVTBlock', 'Pooled', 'pool_cells',
-           'gather_children', 'AttentionPooling', 'LinearPooling', 'MaxPooling', 'official_names', 'Stage', 'DSVT',
-           'ResBlock2d', 'BEVBackbone', 'CenterHead', 'corners', 'overlap_area', 'box_iou', 'box_ious', 'Detections',
-           'decode_boxes', 'suppress', 'decode', 'gaussian_radius', 'Targets', 'center_targets', 'focal_loss',
-           'upright_diou', 'center_loss', 'DSVTDetector', 'dsvt_waymo_pillar', 'dsvt_waymo_voxel',
-           'dsvt_nuscenes_pillar', 'dsvt_waymo_pillar_detector', 'dsvt_waymo_voxel_detector']
+           'SetAttention', 'SetLayer', 'PositionMlp', 'DSVTBlock', 'Pooled', 'pool_cells', 'gather_children',
+           'AttentionPooling', 'LinearPooling', 'MaxPooling', 'official_names', 'Stage', 'DSVT', 'ResBlock2d',
+           'BEVBackbone', 'CenterHead', 'corners', 'overlap_area', 'box_iou', 'box_ious', 'Detections', 'decode_boxes',
+           'suppress', 'decode', 'gaussian_radius', 'Targets', 'center_targets', 'focal_loss', 'upright_diou',
+           'center_loss', 'DSVTDetector', 'dsvt_waymo_pillar', 'dsvt_waymo_voxel', 'dsvt_nuscenes_pillar',
+           'dsvt_waymo_pillar_detector', 'dsvt_waymo_voxel_detector']
 
 # %% ../../nbs/05_detection/06_dsvt.ipynb #55322c39
 import math, re
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from ..kernels.set_attention import set_attention
 from ..layers.attention import attention
-from ..layers.block import Mlp, is_plain
-from ..layers.voxels import DynamicVFE, Windows, to_bev, voxel_windows
+from ..layers.block import Mlp, act_named, is_plain
+from ..layers.voxels import DynamicVFE, VoxelWindows, to_bev, voxel_windows
 from ..registry import register_model
 from ..weights import Official, known_heads, load_weights, renamed  # noqa: F401
 
@@ -50,7 +50,7 @@ def set_positions(count: Int[Tensor, 'w'],          # voxels of each window, non
     slot = number[:, None] * size + torch.arange(size, device=count.device)
     return window, (slot * count[window, None]).div((sets * size)[window, None], rounding_mode='floor')
 
-def set_partition(windows: Windows,
+def set_partition(windows: VoxelWindows,
                   keys: Sequence[Int[Tensor, 'n']],  # an order each: places inside a window, not negative
                   size: int,                         # slots of a set, tau
                  ) -> Sets:
@@ -84,7 +84,7 @@ def rotated_keys(place: Int[Tensor, 'n 3'],   # z, y, x inside the window
 # %% ../../nbs/05_detection/06_dsvt.ipynb #16567760
 class Config(NamedTuple):
     "One way to cut the voxels of a stage: windows, and sets along y and along x."
-    windows: Windows
+    windows: VoxelWindows
     sets: Sets
     window: tuple[int, int, int]    # cells in x, y, z
 
@@ -116,12 +116,6 @@ class SetAttention(nn.Module):
         c, layer = x.shape[1], self.qkv
         if not is_plain(layer, nn.Linear): return layer(placed).chunk(3, 1)[:2], layer(x).chunk(3, 1)[2]
         return F.linear(placed, layer.weight[:2 * c], layer.bias[:2 * c]).chunk(2, 1), F.linear(x, layer.weight[2 * c:], layer.bias[2 * c:])
-
-# %% ../../nbs/05_detection/06_dsvt.ipynb #f14acbee
-def act_named(name: str) -> Callable[[], nn.Module]:
-    "The layer of this name; ValueError for another than 'gelu' and 'relu'."
-    if name not in ('gelu', 'relu'): raise ValueError(f"activation must be 'gelu' or 'relu', got {name!r}")
-    return dict(gelu=nn.GELU, relu=nn.ReLU)[name]
 
 # %% ../../nbs/05_detection/06_dsvt.ipynb #dba2a5d2
 class SetLayer(nn.Module):
@@ -337,7 +331,7 @@ class DSVT(_Published, nn.Module):
                  *,
                  pooling: str = 'attention',                    # or 'linear', 'maxpool'
                  pool_heads: int = 8,                           # for 'attention'
-                 activation: str = 'gelu',                      # or 'relu'
+                 activation: str = 'gelu',                      # a key of `vitbook.layers.block.ACTIVATIONS`
                  attn_drop_rate: float = 0.,
                  normalize_pos: bool = False,                   # coordinates of the position embedding within -3.1415 … 3.1415
                  pos_bug: bool = False,                         # positions as in the published models, see DSVTBlock
@@ -362,7 +356,7 @@ class DSVT(_Published, nn.Module):
         self.windows = [[tuple(w), tuple(a * f for a, f in zip(w, hybrid_factor))] for w in windows]
         self.shifts, self.grad_checkpointing = [[tuple(s) for s in pair] for pair in shifts], grad_checkpointing
         self.stages = nn.ModuleList(
-            nn.ModuleList(DSVTBlock(d, h, round(d * r), act_named(activation), attn_drop_rate, flat=g[2] == 1, normalize_pos=normalize_pos, pos_bug=pos_bug) for _ in range(depth))
+            nn.ModuleList(DSVTBlock(d, h, round(d * r), act_named(activation, 'activation'), attn_drop_rate, flat=g[2] == 1, normalize_pos=normalize_pos, pos_bug=pos_bug) for _ in range(depth))
             for d, h, r, depth, g in zip(dims, heads, ratios, depths, self.grids))
         make = dict(attention=lambda i, v: AttentionPooling(dims[i], v, pool_heads), linear=lambda i, v: LinearPooling(dims[i], v, dims[i + 1]), maxpool=lambda i, v: MaxPooling())[pooling]
         self.pools = nn.ModuleList(make(i, math.prod(s)) for i, s in enumerate(pool_strides))

@@ -16,9 +16,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 from ..kernels import entropy_attention as kernels
-from ..kernels.entropy_attention import as_written, attention_entropy, blockwise_attention, repeat_heads, widened
+from ..kernels.entropy_attention import as_written, query_entropy, repeat_heads, widened
 from ..kernels.packed_attention import compiled_flex
-from .position import apply_rope
+from .position import rope_last
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #59914a6e
 def allowed_pairs(n: int, m: int, mask: Bool[Tensor, '...'] | None, causal: bool, device: torch.device) -> Bool[Tensor, '...'] | None:
@@ -212,12 +212,12 @@ def attention(q: Float[Tensor, 'b h n d'],
 
     ValueError if shapes do not fit, if a mask of two or three axes fits in two ways (batch x keys and queries x keys; batch and heads), or if `backend` cannot do what is asked (nothing is swapped behind your back). Under autocast q, k and v are lowered as torch's own attention lowers them.
     Source: arXiv:1706.03762, eq. 1."""
-    if has_torch_function((q, k, v)):   # so that a probe (see.recording) can watch every call of any model
+    if has_torch_function((q, k, v)):   # so that a probe (probe.recording) can watch every call of any model
         return handle_torch_function(attention, (q, k, v), q, k, v, bias=bias, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p,
                                      backend=backend, return_weights=return_weights, return_entropy=return_entropy)
-    q, k, v = kernels._lowered(q, k, v)
-    kernels._check(q, k, v, bias, mask)
-    bias = kernels._within(bias, q.dtype)
+    q, k, v = kernels.lowered(q, k, v)
+    kernels.check_qkv(q, k, v, bias, mask)
+    bias = kernels.within(bias, q.dtype)
     wanted = _wanted(q, k, v, bias, mask, causal, dropout_p, return_weights, return_entropy)
     asked = backend
     if backend == 'auto': backend, _ = choose(q.device.type, **wanted)
@@ -225,7 +225,7 @@ def attention(q: Float[Tensor, 'b h n d'],
     weights = H = None
     if backend in kernels.BACKENDS and backend != 'naive':      # as asked: 'auto' chooses the same there, and warns where nothing is fast
         out, H, _ = kernels.entropy_attention(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale, backend=asked)
-    elif return_entropy and backend == 'sdpa': H = attention_entropy(q, k, bias=bias, mask=mask, causal=causal, scale=scale)
+    elif return_entropy and backend == 'sdpa': H = query_entropy(q, k, bias=bias, mask=mask, causal=causal, scale=scale)
     k, v = repeat_heads(q.shape[1], k, v)
     if backend == 'sdpa': out = _sdpa(q, k, v, bias, mask, causal, scale, dropout_p)
     elif backend == 'flex': out = _flex(q, k, v, bias, mask, causal, scale)
@@ -241,8 +241,8 @@ def explain(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g m d'], v: Float[T
             bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None, causal: bool = False, dropout_p: float = 0.,
             return_weights: bool = False, return_entropy: bool = False) -> str:
     "Which backend `attention` takes for these arguments, why, and why not the others."
-    q, k, v = kernels._lowered(q, k, v)
-    kernels._check(q, k, v, bias, mask)
+    q, k, v = kernels.lowered(q, k, v)
+    kernels.check_qkv(q, k, v, bias, mask)
     wanted = _wanted(q, k, v, bias, mask, causal, dropout_p, return_weights, return_entropy)
     name, why = choose(q.device.type, **wanted)
     others = [f'{other}: {refusal(other, q.device.type, **wanted) or "could serve it too"}' for other in BACKENDS if other != name]
@@ -278,7 +278,6 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            at = x.shape[1] - rope[0].shape[0]
-            q, k = (torch.cat([t[:, :, :at], apply_rope(t[:, :, at:], *rope)], 2) for t in (q, k))
+            q, k = rope_last(q, *rope), rope_last(k, *rope)
         out = attention(q, k, v, mask=mask, bias=bias, dropout_p=self.attn_drop if self.training else 0., backend=self.backend)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

@@ -9,9 +9,10 @@ from hypothesis import given, strategies as st
 from torch import nn
 from torch.testing import assert_close
 
+from vitbook.data import lidar_scene
 from vitbook.detection import dsvt as D
 from vitbook.kernels.set_attention import naive_set_attention
-from vitbook.layers.voxels import lidar_scene, voxel_windows
+from vitbook.layers.voxels import voxel_windows
 from vitbook.registry import create_model, list_models, model_info
 
 SMALL = dict(grid=(24, 24, 1), embed_dim=16, num_heads=2, depths=(2,), set_size=5, windows=((6, 6, 1),), shifts=(((0, 0, 0), (3, 3, 0)),))
