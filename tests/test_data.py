@@ -1,5 +1,5 @@
 "vitbook.data: what the generators promise, and everything that can go wrong between a server and a file."
-import contextlib, errno, hashlib, http.server, importlib.util, inspect, json, os, re, shutil, socket, subprocess, sys, threading
+import contextlib, errno, hashlib, http.server, importlib.util, inspect, json, math, os, re, shutil, socket, subprocess, sys, threading
 from pathlib import Path
 
 import numpy as np

@@ -68,7 +68,8 @@ def test_names_of_the_checkpoints_on_the_hub():
 
 
 def test_weights_of_something_else_are_refused(unchecked):
-    from vitbook.vit import load_weights, vit_from_state_dict
+    from vitbook.vit import vit_from_state_dict
+    from vitbook.weights import load_weights
     state = theirs('ViTForImageClassification').state_dict()
     with pytest.raises(ValueError, match='state_dict'): vit_from_state_dict({'conv1.weight': torch.zeros(3, 3)})
     with pytest.raises(ValueError, match='state_dict'): vit_from_state_dict({k: v for k, v in state.items() if 'layernorm_after' not in k}, num_heads=4)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from .layers.embed import check_batch, pair
-from .weights import ClassOrObject, Official, load_checkpoint, read_weights  # noqa: F401, old names
+from .weights import Official
 
 # %% ../nbs/00_foundations/16_backbones.ipynb #27bca49a
 class Level(NamedTuple):

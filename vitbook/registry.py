@@ -194,6 +194,3 @@ def write_index(path: str | Path | None = None): # None: `vitbook/_models.py`, w
     head = '"""The models of the book by name. Made by `make export`, not to be edited."""'
     rows = [f'{k!r}: {pprint.pformat(row, width=108, sort_dicts=False)},\n' for k, row in make_index().items()]
     Path(path).write_text(f'{head}\n\nMODELS = {{\n{"".join(rows)}}}\n', encoding='utf-8')
-
-# %% ../nbs/00_foundations/08_registry.ipynb #20523ed2
-from .weights import load_weights  # noqa: F401, an old name

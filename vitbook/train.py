@@ -7,7 +7,7 @@ __all__ = ['seed_everything', 'batches', 'lr_factor', 'NonFiniteLoss', 'Checkpoi
            'History', 'Moment', 'cross_entropy', 'accuracy', 'decay_groups', 'fit']
 
 # %% ../nbs/00_foundations/11_training.ipynb #c417bcc4
-import hashlib, itertools, json, math, os, random
+import hashlib, json, math, os, random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from .measure import eval_mode, whole_file
-from .registry import load_weights
+from .weights import load_weights
 
 # %% ../nbs/00_foundations/11_training.ipynb #8ae2a1bd
 def seed_everything(seed: int):

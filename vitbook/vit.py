@@ -21,7 +21,7 @@ from .layers.embed import PatchEmbed, check_batch, pair
 from .layers.position import LearnedGrid, resize_position, trained_grid
 from .backbone import Backbone, Level
 from .registry import register_model
-from .weights import joined, load_weights, renamed
+from .weights import joined, renamed
 
 # %% ../nbs/00_foundations/09_vit.ipynb #4e5de290
 class _PublishedViT(LearnedGrid, Backbone):
@@ -29,15 +29,58 @@ class _PublishedViT(LearnedGrid, Backbone):
     @staticmethod
     def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "timm's names are ours; Hugging Face's are renamed."
-        return from_huggingface(state_dict) if any('embeddings.' in k for k in state_dict) else dict(state_dict)
+        return from_huggingface(state_dict) if _of_huggingface(state_dict) else dict(state_dict)
 
     @staticmethod
-    def official_arguments(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-        raise ValueError('weights do not tell the number of heads: make the model first, or use vit_from_state_dict')
+    def official_arguments(
+        state_dict: Mapping[str, Tensor],
+        num_heads: int | None = None,                  # weights do not tell; default: heads of width 64, of 80 in ViT-H
+        img_size: int | tuple[int, int] | None = None, # default: as trained, if that was square
+    ) -> dict[str, Any]:
+        "What timm's or Hugging Face's weights of a ViT or DeiT tell. ValueError if they are of no ViT."
+        sd = _PublishedViT.official_names(state_dict)
+        needed = {'patch_embed.proj.weight', 'pos_embed', 'blocks.0.mlp.fc1.weight'}
+        if absent := needed - set(sd):
+            raise ValueError(f'state_dict is of no ViT that is known here: it has no {", ".join(sorted(absent))}')
+        dim, chans, p, q = sd['patch_embed.proj.weight'].shape
+        distilled, cls = 'head_dist.weight' in sd, 'cls_token' in sd
+        regs = sum(sd[k].shape[1] for k in ('reg_token', 'dist_token') if k in sd) - distilled
+        no_embed_class, size = _size_of(sd, (p, q), cls + distilled + regs, img_size)
+        widest = 1 + max(int(k.split('.')[1]) for k in sd if k.startswith('blocks.'))
+        return dict(
+            img_size=size, patch_size=(p, q), in_chans=chans, embed_dim=dim, depth=widest,
+            num_heads=num_heads or (16 if dim == 1280 else max(dim // 64, 1)),
+            num_classes=sd['head.weight'].shape[0] if 'head.weight' in sd else 0,
+            global_pool='avg' if 'fc_norm.weight' in sd or not cls else 'token',
+            mlp_ratio=sd['blocks.0.mlp.fc1.weight'].shape[0] / dim,
+            qkv_bias='blocks.0.attn.qkv.bias' in sd, qk_norm='blocks.0.attn.q_norm.weight' in sd,
+            init_values=1. if 'blocks.0.ls1.gamma' in sd else None,
+            class_token=cls, reg_tokens=regs, no_embed_class=no_embed_class, distilled=distilled,
+            norm_eps=1e-12 if _of_huggingface(state_dict) else 1e-6)
 
     def resized(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        "Positions interpolated from the grid they were learned on to this model's. ValueError if the weights do not tell it and it is not plain."
-        return self.regridded(state_dict, 0 if self.no_embed_class else self.num_prefix_tokens)
+        """Positions interpolated from the grid they were learned on to this model's.
+
+        A distillation token that no head listens to is a register. ValueError if the weights do not tell
+        the grid and it is not plain."""
+        sd = dict(state_dict)
+        if self.reg_token is not None and self.dist_token is None and 'dist_token' in sd and 'reg_token' not in sd:
+            sd['reg_token'] = sd.pop('dist_token')
+        return self.regridded(sd, 0 if self.no_embed_class else self.num_prefix_tokens)
+
+def _of_huggingface(state_dict: Mapping[str, Tensor]) -> bool: return any('embeddings.' in k for k in state_dict)
+
+def _size_of(sd: Mapping[str, Tensor],
+             patch: tuple[int, int],
+             prefix: int,            # class, distillation and register tokens
+             img_size: int | tuple[int, int] | None,
+            ) -> tuple[bool, tuple[int, int]]: # whether only patches have positions; rows and columns of the picture
+    square = lambda n: round(n ** .5) ** 2 == n
+    placed, told = sd['pos_embed'].shape[1], sd.get('pos_grid')
+    patches_only = placed == int(told.prod()) if told is not None else not square(placed - prefix) and square(placed)
+    want = (1, 1) if img_size is None else tuple(a // p for a, p in zip(pair(img_size), patch))
+    grid = trained_grid(placed - (0 if patches_only else prefix), want, told)
+    return patches_only, pair(img_size) if img_size is not None else tuple(g * p for g, p in zip(grid, patch))
 
 # %% ../nbs/00_foundations/09_vit.ipynb #5e69b1d1
 class VisionTransformer(_PublishedViT):
@@ -200,35 +243,12 @@ def from_huggingface(state_dict: Mapping[str, Tensor], # of ViTModel, ViTForImag
     return joined(joined(out, ('query', 'key', 'value')), 'qkv')
 
 # %% ../nbs/00_foundations/09_vit.ipynb #b9749197
-def vit_from_state_dict(state_dict: Mapping[str, Tensor],              # timm's or Hugging Face's, of a ViT or DeiT
-                        num_heads: int | None = None,                  # weights do not tell; default: heads of width 64, of 80 in ViT-H
-                        img_size: int | tuple[int, int] | None = None, # default: as trained, if that was square; positions are resized to another
-                       ) -> VisionTransformer:
-    "A VisionTransformer of the right size with these weights, in eval mode; gives what timm's or Hugging Face's model gives. ValueError if it is no ViT."
-    hf = any('embeddings.' in k for k in state_dict)
-    sd = from_huggingface(state_dict) if hf else dict(state_dict)
-    needed = {'patch_embed.proj.weight', 'pos_embed', 'blocks.0.mlp.fc1.weight'}
-    if absent := needed - set(sd): raise ValueError(f'state_dict is of no ViT that is known here: it has no {", ".join(sorted(absent))}')
-    dim, chans, p, q = sd['patch_embed.proj.weight'].shape
-    if 'dist_token' in sd and 'head_dist.weight' not in sd: sd['reg_token'] = sd.pop('dist_token')   # no head listens to it: a register
-    distilled, cls = 'dist_token' in sd, 'cls_token' in sd
-    regs = sd['reg_token'].shape[1] if 'reg_token' in sd else 0
-    prefix, placed = cls + distilled + regs, sd['pos_embed'].shape[1]
-    square = lambda n: round(n ** .5) ** 2 == n
-    told = sd.pop('pos_grid', None)
-    no_embed_class = placed == int(told.prod()) if told is not None else not square(placed - prefix) and square(placed)
-    size = None if img_size is None else pair(img_size)
-    want = (1, 1) if size is None else (size[0] // p, size[1] // q)
-    grid = trained_grid(placed - (0 if no_embed_class else prefix), want, told)
-    if size is None: size = (grid[0] * p, grid[1] * q)
-    avg = 'fc_norm.weight' in sd or not cls
-    gamma = sd.get('blocks.0.ls1.gamma')
-    model = VisionTransformer(
-        size, (p, q), chans, sd['head.weight'].shape[0] if 'head.weight' in sd else 0, 'avg' if avg else 'token', dim,
-        depth=1 + max(int(k.split('.')[1]) for k in sd if k.startswith('blocks.')), num_heads=num_heads or (16 if dim == 1280 else max(dim // 64, 1)),
-        mlp_ratio=sd['blocks.0.mlp.fc1.weight'].shape[0] / dim, qkv_bias='blocks.0.attn.qkv.bias' in sd, qk_norm='blocks.0.attn.q_norm.weight' in sd,
-        init_values=None if gamma is None else 1., class_token=cls, reg_tokens=regs, no_embed_class=no_embed_class, distilled=distilled,
-        norm_eps=1e-12 if hf else 1e-6)
-    sd['pos_embed'] = resize_position(sd['pos_embed'], grid, model.grid_size, 0 if no_embed_class else prefix)
-    load_weights(model, sd)
-    return model.eval()
+def vit_from_state_dict(
+    state_dict: Mapping[str, Tensor],              # timm's or Hugging Face's, of a ViT or DeiT
+    num_heads: int | None = None,                  # weights do not tell; default: heads of width 64, of 80 in ViT-H
+    img_size: int | tuple[int, int] | None = None, # default: as trained, if that was square; else positions are resized
+) -> VisionTransformer:
+    """A VisionTransformer of the right size with these weights, in eval mode.
+
+    It gives what timm's or Hugging Face's model gives. ValueError if it is no ViT."""
+    return VisionTransformer.from_official(state_dict, num_heads=num_heads, img_size=img_size)

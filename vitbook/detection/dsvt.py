@@ -663,11 +663,23 @@ class DSVTDetector(Official, nn.Module):
                  in_chans: int = 5,                                # x, y, z, intensity, elongation
                  num_classes: int = 3,
                  vfe_dims: Sequence[int] = (192, 192),
-                 embed_dim: int = 192, depths: Sequence[int] = (4,), set_size: int | Sequence[int] = 36, windows: Sequence[Triple] = ((12, 12, 1),), hybrid_factor: Triple = (2, 2, 1),
-                 shifts: Sequence[Sequence[Triple]] = (((0, 0, 0), (6, 6, 0)),), pool_strides: Sequence[Triple] = (), num_heads: int = 8, mlp_ratio: float = 2., pooling: str = 'attention', # see DSVT
-                 pos_bug: bool = False, normalize_pos: bool = False,
-                 bev_depths: Sequence[int] = (1, 2, 2), bev_strides: Sequence[int] = (1, 2, 2), bev_dims: Sequence[int] = (128, 128, 256), # see BEVBackbone
-                 up_strides: Sequence[float] = (1, 2, 4), up_dims: Sequence[int] = (128, 128, 128),
+                 embed_dim: int = 192,                             # from here on of DSVT, see there
+                 depths: Sequence[int] = (4,),
+                 set_size: int | Sequence[int] = 36,
+                 windows: Sequence[Triple] = ((12, 12, 1),),
+                 hybrid_factor: Triple = (2, 2, 1),
+                 shifts: Sequence[Sequence[Triple]] = (((0, 0, 0), (6, 6, 0)),),
+                 pool_strides: Sequence[Triple] = (),
+                 num_heads: int = 8,
+                 mlp_ratio: float | Sequence[float] = 2.,
+                 pooling: str = 'attention',
+                 pos_bug: bool = False,
+                 normalize_pos: bool = False,
+                 bev_depths: Sequence[int] = (1, 2, 2),            # from here on of BEVBackbone, see there
+                 bev_strides: Sequence[int] = (1, 2, 2),
+                 bev_dims: Sequence[int] = (128, 128, 256),
+                 up_strides: Sequence[float] = (1, 2, 4),
+                 up_dims: Sequence[int] = (128, 128, 128),
                  head_width: int = 64):
         super().__init__()
         self.vfe = DynamicVFE(voxel_size, point_range, in_chans, vfe_dims)
@@ -702,6 +714,27 @@ class DSVTDetector(Official, nn.Module):
         found = {f'backbone.{k}': v for k, v in official_names(state_dict).items()} if any(k.startswith('backbone_3d.') for k in state_dict) else {}
         for old, new in parts: found |= {re.sub(old, new, k): v for k, v in state_dict.items() if re.match(old, k) and not (old == r'^dense_head\.' and k.startswith('dense_head.heads_list.0.'))}
         return found
+
+    @staticmethod
+    def official_arguments(
+        state_dict: Mapping[str, Tensor],
+        num_heads: int | None = None,       # weights do not tell it: 8 in the published models
+    ) -> dict[str, Any]:
+        "Widths, depths and classes; the range, sets, windows and strides are the constructor's defaults."
+        sd, backbone = DSVTDetector.official_names(state_dict), DSVT.official_arguments(state_dict, num_heads)
+        dims = set(backbone.pop('embed_dim'))
+        if len(dims) > 1: raise ValueError(f'state_dict must be of a detector with one width in all stages, got {sorted(dims)}')
+        told = lambda name: [sd[k] for i in range(len(sd)) if (k := name.format(i)) in sd]
+        points, blocks, ups = (told(name) for name in (
+            'vfe.layers.{}.linear.weight', 'bev.blocks.{}.0.conv1.weight', 'bev.deblocks.{}.0.weight'))
+        bev_dims = [w.shape[0] for w in blocks]
+        depths = [len({k.split('.')[3] for k in sd if k.startswith(f'bev.blocks.{i}.')}) - 1 for i in range(len(blocks))]
+        up_dims = [w.shape[1] if w.shape[0] == dim else w.shape[0] for w, dim in zip(ups, bev_dims)]   # enlarged or not
+        heat = [v for k, v in sd.items() if k.startswith('head.outputs.hm.') and k.endswith('.bias')][-1]
+        return backbone | dict(
+            in_chans=points[0].shape[1] - 6, vfe_dims=[2 * w.shape[0] for w in points[:-1]] + [points[-1].shape[0]],
+            num_classes=len(heat), embed_dim=dims.pop(), bev_dims=bev_dims, bev_depths=depths, up_dims=up_dims,
+            head_width=sd['head.shared_conv.0.weight'].shape[0])
 
     @torch.no_grad()
     def detect(self, points: Float[Tensor, 'p f'], scenes: int | None = None, **options: Any) -> list[Detections]:

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from .. import see
 from ..data.timeseries import Windows, evaluate
 from ..kernels.entropy_attention import as_written, widened
 from ..layers.attention import attention
