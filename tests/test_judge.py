@@ -20,7 +20,9 @@ def test_judge_is_the_same_every_time_and_leaves_the_random_numbers_alone():
 
 
 def test_sizes_before_the_judge():
-    "It sees 8x8: larger pictures are smoothed down; real digits are first made as large as the samples."
+    """It sees 8x8: larger pictures are smoothed down.
+
+    Real digits are first made as large as the samples."""
     seen = []
     class Spy(J.DigitJudge):
         def features(self, images):
@@ -29,9 +31,12 @@ def test_sizes_before_the_judge():
     judge, x = Spy().eval(), torch.rand(3, 1, 16, 16)
     half = torch.zeros(8, 16)
     for i in range(8):
-        weights = {j: w for j, w in zip(range(2 * i - 1, 2 * i + 3), (1., 3., 3., 1.)) if 0 <= j < 16}       # a triangle four cells wide, cut at the edge
+        # a triangle four cells wide, cut at the edge
+        weights = {j: w for j, w in zip(range(2 * i - 1, 2 * i + 3), (1., 3., 3., 1.))
+                   if 0 <= j < 16}
         for j, w in weights.items(): half[i, j] = w / sum(weights.values())
-    with torch.no_grad(): assert_close(judge.features(x), judge.features(half @ x @ half.T), atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        assert_close(judge.features(x), judge.features(half @ x @ half.T), atol=1e-5, rtol=1e-4)
     seen.clear()
     J.judge_digits(x, torch.tensor([1, 1, 4]), judge)
     real = data.digits('test', size=16)
@@ -44,8 +49,10 @@ def test_frechet_distance_of_gaussians():
     a, b = torch.randn(20_000, 3, generator=g), torch.randn(20_000, 3, generator=g) * torch.tensor([1., 2., .5]) + torch.tensor([1., 0., 0.])
     assert abs(J.frechet_distance(a, b) - (1 + 1 + .25)) < .08
     assert_close(J.frechet_distance(a, b), J.frechet_distance(b, a), atol=1e-6, rtol=1e-6)
-    rank = torch.randn(50, 2, generator=g) @ torch.randn(2, 8, generator=g)                            # covariances without an inverse
-    assert J.frechet_distance(rank, rank) < 1e-6 and math.isfinite(J.frechet_distance(rank, rank + 1))
+    # covariances without an inverse
+    rank = torch.randn(50, 2, generator=g) @ torch.randn(2, 8, generator=g)
+    assert J.frechet_distance(rank, rank) < 1e-6
+    assert math.isfinite(J.frechet_distance(rank, rank + 1))
 
 
 def test_verdicts():
@@ -54,9 +61,11 @@ def test_verdicts():
     v = J.judge_digits(real.images, real.labels, judge)
     assert v.frechet < 1e-6 < v.floor and v.n == len(real) and v.accuracy > .7
     wide = torch.nn.functional.interpolate(real.images, (8, 16), mode='bilinear')
-    assert J.judge_digits(wide, real.labels, judge).frechet < .3 * J.judge_digits(wide.flip(-1), real.labels, judge).frechet
+    assert J.judge_digits(wide, real.labels, judge).frechet < .3 * J.judge_digits(
+        wide.flip(-1), real.labels, judge).frechet
     fives = real[real.labels == 5]
-    assert J.judge_digits(fives.images, fives.labels, judge).frechet < 1e-6        # compared with real fives only
+    # compared with real fives only
+    assert J.judge_digits(fives.images, fives.labels, judge).frechet < 1e-6
 
 
 def test_nothing_is_kept_for_gradients():

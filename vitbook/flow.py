@@ -23,9 +23,12 @@ class Path(NamedTuple):
     sigma: Callable[[Tensor], tuple[Tensor, Tensor]]
     ratio: Callable[[Tensor], Tensor]                 # t -> slope of log alpha; the quotient of the two above, without 0/0
 
-    def at(self, t: Float[Tensor, 'b'], x: Float[Tensor, 'b *rest']) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def at(self, t: Float[Tensor, 'b'], x: Float[Tensor, 'b *rest']) -> tuple[
+        Tensor, Tensor, Tensor, Tensor]:
         "alpha, its slope, sigma, its slope, shaped so that they broadcast against `x`."
-        if t.shape != x.shape[:1]: raise ValueError(f't must have one time for each of {len(x)} samples, got {tuple(t.shape)}')
+        if t.shape != x.shape[:1]:
+            raise ValueError(f't must have one time for each of {len(x)} samples, got '
+                             f'{tuple(t.shape)}')
         return tuple(v.view(-1, *[1] * (x.dim() - 1)) for v in (*self.alpha(t), *self.sigma(t)))
 
     def mix(self,
@@ -58,17 +61,22 @@ class Path(NamedTuple):
 # %% ../nbs/00_foundations/19_flow.ipynb #0197c277
 def linear_path() -> Path:
     "A straight line. Source: arXiv:2209.03003, eq. 1."
-    return Path('linear', lambda t: (t, torch.ones_like(t)), lambda t: (1 - t, -torch.ones_like(t)), lambda t: 1 / t)
+    return Path('linear', lambda t: (t, torch.ones_like(t)), lambda t: (1 - t, -torch.ones_like(t)),
+                lambda t: 1 / t)
 
 def cosine_path() -> Path:
     "A quarter of a circle. Source: arXiv:2401.08740, sec. 3.1 (there called GVP)."
     half = math.pi / 2
-    return Path('cosine', lambda t: ((half * t).sin(), half * (half * t).cos()), lambda t: ((half * t).cos(), -half * (half * t).sin()), lambda t: half / (half * t).tan())
+    return Path('cosine', lambda t: ((half * t).sin(), half * (half * t).cos()),
+                lambda t: ((half * t).cos(), -half * (half * t).sin()),
+                lambda t: half / (half * t).tan())
 
 def vp_path(beta_min: float = .1, # of the noise rate at the data end …
             beta_max: float = 20.,# … and at the noise end
            ) -> Path:
-    "Variance preserving. Source: arXiv:2011.13456, eq. 11 and 33, with time counted from the noise."
+    """Variance preserving.
+
+    Source: arXiv:2011.13456, eq. 11 and 33, with time counted from the noise."""
     log = lambda t: -(1 - t) ** 2 * (beta_max - beta_min) / 4 - (1 - t) * beta_min / 2
     slope = lambda t: (1 - t) * (beta_max - beta_min) / 2 + beta_min / 2
     def sigma(t):
@@ -107,9 +115,15 @@ def convert(prediction: Float[Tensor, 'b *rest'],
             want: str,                            # and what it shall be
             path: str | Path = 'linear',
            ) -> Float[Tensor, 'b *rest']:
-    "One kind of prediction as another. Noise and score say nothing of the data at alpha = 0, data nothing of the noise at sigma = 0: infinite there. Source: arXiv:2401.08740, eq. 9-10."
+    """One kind of prediction as another.
+
+    Noise and score say nothing of the data at alpha = 0, data nothing of the noise at sigma = 0:
+    infinite there.
+
+    Source: arXiv:2401.08740, eq. 9-10."""
     for name, kind in dict(have=have, want=want).items():
-        if kind not in PREDICTIONS: raise ValueError(f'{name} must be one of {", ".join(PREDICTIONS)}, got {kind!r}')
+        if kind not in PREDICTIONS:
+            raise ValueError(f'{name} must be one of {", ".join(PREDICTIONS)}, got {kind!r}')
     if have == want: return prediction
     a, da, s, ds = get_path(path).at(t, x)
     if have == 'velocity':
@@ -135,7 +149,8 @@ def logit_normal(n: int,
     z = mean + std * torch.randn(n, generator=generator)
     return low + (high - low) * z.sigmoid()
 
-def uniform(n: int, *, low: float = 0., high: float = 1., generator: torch.Generator | None = None) -> Float[Tensor, 'n']:
+def uniform(n: int, *, low: float = 0., high: float = 1.,
+            generator: torch.Generator | None = None) -> Float[Tensor, 'n']:
     "Random times, all alike."
     return low + (high - low) * torch.rand(n, generator=generator)
 
@@ -157,23 +172,34 @@ def flow_loss(model: Callable[[Tensor, Tensor], Tensor],  # (x, t) -> prediction
               weighting: str | None = None,               # of noise and score: None, 'velocity' or 'likelihood'
               mask: Shaped[Tensor, 'b *some'] | None = None, # of the leading axes of a sample; nonzero: counts
              ) -> Float[Tensor, 'b']:
-    "Mean squared error of each sample, over what the mask keeps. Source: arXiv:2401.08740, eq. 7 and 13; the mask arXiv:2402.12376."
+    """Mean squared error of each sample, over what the mask keeps.
+
+    Source: arXiv:2401.08740, eq. 7 and 13; the mask arXiv:2402.12376."""
     path = get_path(path)
-    if prediction not in PREDICTIONS: raise ValueError(f'prediction must be one of {", ".join(PREDICTIONS)}, got {prediction!r}')
-    if weighting not in WEIGHTINGS: raise ValueError(f"weighting must be None, 'velocity' or 'likelihood', got {weighting!r}")
-    if weighting and prediction not in ('noise', 'score'): raise ValueError(f'weighting={weighting!r} is for noise and score, got prediction={prediction!r}')
+    if prediction not in PREDICTIONS:
+        raise ValueError(f'prediction must be one of {", ".join(PREDICTIONS)}, got {prediction!r}')
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting must be None, 'velocity' or 'likelihood', got {weighting!r}")
+    if weighting and prediction not in ('noise', 'score'):
+        raise ValueError(f'weighting={weighting!r} is for noise and score, got '
+                         f'prediction={prediction!r}')
     x = path.mix(noise, clean, t)
     out = model(x, t)
-    if out.shape != x.shape: raise ValueError(f'the model must answer in the shape of its input, {tuple(x.shape)}, got {tuple(out.shape)}')
+    if out.shape != x.shape:
+        raise ValueError(f'the model must answer in the shape of its input, {tuple(x.shape)}, got '
+                         f'{tuple(out.shape)}')
     s = path.at(t, x)[2]
     if prediction == 'velocity': error = out - path.velocity(noise, clean, t)
-    else: error = out - clean if prediction == 'data' else out - noise if prediction == 'noise' else out * s + noise
+    else:
+        error = out - clean if prediction == 'data' else out - noise if prediction == 'noise' else out * s + noise
     error = error.square()
     if weighting:
         half = path.drift(x, t)[1]
         error = error * ((half / s) ** 2 if weighting == 'velocity' else half / s ** 2)
     if mask is None: return error.flatten(1).mean(1)
-    if mask.shape != x.shape[:mask.dim()]: raise ValueError(f'mask must be the leading axes of {tuple(x.shape)}, got {tuple(mask.shape)}')
+    if mask.shape != x.shape[:mask.dim()]:
+        raise ValueError(f'mask must be the leading axes of {tuple(x.shape)}, got '
+                         f'{tuple(mask.shape)}')
     error, kept = error.flatten(mask.dim()).mean(-1) if mask.dim() < x.dim() else error, mask != 0
     return (error * kept).flatten(1).sum(1) / kept.flatten(1).sum(1).clamp(min=1)
 
@@ -185,7 +211,9 @@ def interval(path: str | Path = 'linear',
              eps: float | None = None,  # how far from a singular end to stay; None: 1e-3
              last: float = 0.,          # an SDE's last step, taken without noise
             ) -> tuple[float, float]:
-    "The times between which a field can be computed: (0, 1) where nothing is singular. Source: arXiv:2401.08740, appendix B."
+    """The times between which a field can be computed: (0, 1) where nothing is singular.
+
+    Source: arXiv:2401.08740, appendix B."""
     path, eps = get_path(path), 1e-3 if eps is None else eps
     late = 1 - last if form is not None and last else 1 - eps
     if path.name == 'vp': return 0., late
@@ -204,7 +232,9 @@ _DOPRI = ((1 / 5,), (3 / 40, 9 / 40), (44 / 45, -56 / 15, 32 / 9), (19372 / 6561
 _DOPRI_ERROR = (71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40)
 
 def _adaptive(field, x, t0, t1, rtol, atol, most=10_000):
-    "Dormand and Prince 5(4); yields (t, x). The error of the worst sample, in units of atol + rtol |x|, is kept below 1."
+    """Dormand and Prince 5(4); yields (t, x).
+
+    The error of the worst sample, in units of atol + rtol |x|, is kept below 1."""
     t, h, k = t0, (t1 - t0) / 50, field(x, t0)
     for _ in range(most):
         if abs(t1 - t) < 1e-9: return
@@ -213,11 +243,13 @@ def _adaptive(field, x, t0, t1, rtol, atol, most=10_000):
         for row in _DOPRI:
             y = x + h * sum(c * k for c, k in zip(row, ks) if c)
             ks.append(field(y, t + h * sum(row)))
-        wrong = h * sum(c * k for c, k in zip(_DOPRI_ERROR, ks) if c) / (atol + rtol * torch.maximum(x.abs(), y.abs()))
+        wrong = h * sum(c * k for c, k in zip(_DOPRI_ERROR, ks)
+                        if c) / (atol + rtol * torch.maximum(x.abs(), y.abs()))
         error = wrong.flatten(1).square().mean(1).sqrt().max().item()
-        if not math.isfinite(error): raise ValueError(f'the model gives numbers that are not finite near t = {t:.4g}')
+        if not math.isfinite(error):
+            raise ValueError(f'the model gives numbers that are not finite near t = {t:.4g}')
         if error <= 1:
-            t, x, k = t + h, y, ks[-1]                                  # the last call is at the new point: the next step's first
+            t, x, k = t + h, y, ks[-1]  # the last call is at the new point: the next step's first
             yield t, x
         h = h * min(10., max(.2, .9 * max(error, 1e-10) ** -.2))
     raise ValueError(f'no end after {most} steps, at t = {t:.4g}: take a larger rtol or atol')
@@ -239,7 +271,8 @@ def sample_ode(model: Callable[[Tensor, Tensor], Tensor], # (x, t) -> prediction
                walk: bool = False,                        # return the whole way
               ) -> Float[Tensor, 'b *rest'] | Walk:
     "Follow the field from noise to data. Source: arXiv:2401.08740, eq. 5."
-    if method not in METHODS: raise ValueError(f'method must be one of {", ".join(METHODS)}, got {method!r}')
+    if method not in METHODS:
+        raise ValueError(f'method must be one of {", ".join(METHODS)}, got {method!r}')
     if steps < 1: raise ValueError(f'steps must be at least 1, got {steps}')
     path, calls, ends = get_path(path), 0, interval(path, prediction)
     t0, t1 = ends[0] if t0 is None else t0, ends[1] if t1 is None else t1
@@ -297,8 +330,10 @@ def sample_sde(model: Callable[[Tensor, Tensor], Tensor], # (x, t) -> prediction
                generator: torch.Generator | None = None,
               ) -> Float[Tensor, 'b *rest']:
     "Follow the field with noise. Source: arXiv:2401.08740, eq. 6."
-    if method not in ('euler', 'heun'): raise ValueError(f"method must be 'euler' or 'heun', got {method!r}")
-    if last not in ('mean', 'euler', 'tweedie', None): raise ValueError(f"last must be 'mean', 'euler', 'tweedie' or None, got {last!r}")
+    if method not in ('euler', 'heun'):
+        raise ValueError(f"method must be 'euler' or 'heun', got {method!r}")
+    if last not in ('mean', 'euler', 'tweedie', None):
+        raise ValueError(f"last must be 'mean', 'euler', 'tweedie' or None, got {last!r}")
     if steps < 1: raise ValueError(f'steps must be at least 1, got {steps}')
     if form not in FORMS: raise ValueError(f'form must be one of {", ".join(FORMS)}, got {form!r}')
     path = get_path(path)
@@ -311,8 +346,10 @@ def sample_sde(model: Callable[[Tensor, Tensor], Tensor], # (x, t) -> prediction
         return v, v + noise_rate(t, x, form, norm, path) * score, score
     times = torch.linspace(t0, t1, steps + 1, dtype=torch.double).tolist()
     for t, s in zip(times, times[1:]):
-        rate = noise_rate(torch.full((len(x),), t, device=x.device, dtype=x.dtype), x, form, norm, path)
-        kick = (2 * rate * (s - t)).sqrt() * torch.randn(x.shape, generator=generator, dtype=x.dtype).to(x.device)
+        rate = noise_rate(
+            torch.full((len(x),), t, device=x.device, dtype=x.dtype), x, form, norm, path)
+        kick = (2 * rate * (s - t)).sqrt() * torch.randn(x.shape, generator=generator,
+                                                         dtype=x.dtype).to(x.device)
         if method == 'euler': x = x + (s - t) * look(x, t)[1] + kick
         else:
             x = x + kick
@@ -332,14 +369,18 @@ def guide(cond: Float[Tensor, 'b *rest'],
          ) -> Float[Tensor, 'b *rest']:
     "Classifier-free guidance. Source: arXiv:2207.12598, eq. 6, with w counted from 1."
     if isinstance(scale, Tensor): scale = scale.view(-1, *[1] * (cond.dim() - 1))
-    if channels is not None and not 0 <= channels <= cond.shape[-1]: raise ValueError(f'channels must lie in 0 … {cond.shape[-1]}, got {channels}')
+    if channels is not None and not 0 <= channels <= cond.shape[-1]:
+        raise ValueError(f'channels must lie in 0 … {cond.shape[-1]}, got {channels}')
     guided = uncond + scale * (cond - uncond)
-    return guided if channels is None else torch.cat([guided[..., :channels], cond[..., channels:]], -1)
+    return guided if channels is None else torch.cat(
+        [guided[..., :channels], cond[..., channels:]], -1)
 
 def falling_scale(t: Float[Tensor, 'b'],
                   scale: float,
                   power: float,               # 0: constant; larger: guidance ends earlier
                  ) -> Float[Tensor, 'b']:
-    "A guidance scale that falls from `scale` at the noise to 1 at the data. Source: the power-cosine schedule of arXiv:2303.14389's code."
+    """A guidance scale that falls from `scale` at the noise to 1 at the data.
+
+    Source: the power-cosine schedule of arXiv:2303.14389's code."""
     if power == 0: return torch.full_like(t, scale)
     return 1 + (scale - 1) * (1 - (math.pi * (1 - t.clamp(max=1)) ** power).cos()) / 2

@@ -18,9 +18,13 @@ from . import data, train
 def frechet_distance(a: Float[Tensor, 'n f'],  # features of one set …
                      b: Float[Tensor, 'm f'],  # … and of another
                     ) -> float:
-    "Squared distance of two Gaussians with the sets' means and covariances. Source: arXiv:1706.08500, eq. 6."
-    if min(len(a), len(b)) < 2: raise ValueError(f'a covariance needs two samples or more, got {len(a)} and {len(b)}')
-    (ma, sa), (mb, sb) = ((x.mean(0), torch.cov(x.T).view(x.shape[1], x.shape[1])) for x in (a.double(), b.double()))
+    """Squared distance of two Gaussians with the sets' means and covariances.
+
+    Source: arXiv:1706.08500, eq. 6."""
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f'a covariance needs two samples or more, got {len(a)} and {len(b)}')
+    (ma, sa), (mb, sb) = ((x.mean(0), torch.cov(x.T).view(x.shape[1], x.shape[1]))
+                          for x in (a.double(), b.double()))
     values, vectors = torch.linalg.eigh(sa)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     mixed = torch.linalg.eigvalsh(root @ sb @ root).clamp(min=0).sqrt().sum()
@@ -38,24 +42,31 @@ class DigitJudge(nn.Module):
         self.head = nn.Linear(num_features, 10)
 
     def features(self, images: Float[Tensor, 'n 1 y x']) -> Float[Tensor, 'n f']:
-        "Of pictures in 0 … 1 of any size; what lies a little outside is cut off. ValueError for another range, such as 0 … 255."
+        """Of pictures in 0 … 1 of any size; what lies a little outside is cut off.
+
+        ValueError for another range, such as 0 … 255."""
         data.check_range(beyond=16, images=images)
         images = images.clamp(0, 1)
-        if images.shape[2:] != (8, 8): images = F.interpolate(images, (8, 8), mode='bilinear', antialias=True)
+        if images.shape[2:] != (8, 8):
+            images = F.interpolate(images, (8, 8), mode='bilinear', antialias=True)
         return self.body(images * 2 - 1)
 
-    def forward(self, images: Float[Tensor, 'n 1 y x']) -> Float[Tensor, 'n 10']: return self.head(self.features(images))
+    def forward(self, images: Float[Tensor, 'n 1 y x']) -> Float[Tensor, 'n 10']:
+        return self.head(self.features(images))
 
 @functools.lru_cache(4)
 def digit_judge(seed: int = 0, steps: int = 500) -> DigitJudge:
-    "A judge trained on the digits' training part, in a few seconds; the same one for the same seed and number of steps."
+    """A judge trained on the digits' training part, in a few seconds.
+
+    The same one for the same seed and number of steps."""
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
         judge, part = DigitJudge(), data.digits('train')
         optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=.01)
         stream = train.batches(part.images, part.labels, batch_size=128, seed=seed)
         for step in range(steps):
-            for group in optimizer.param_groups: group['lr'] = 3e-3 * train.lr_factor(step, steps, 20)
+            for group in optimizer.param_groups:
+                group['lr'] = 3e-3 * train.lr_factor(step, steps, 20)
             x, y = stream.at(step)
             dy, dx = torch.randint(-1, 2, (2,)).tolist()
             x = F.pad(x, (1, 1, 1, 1))[:, :, 1 + dy:9 + dy, 1 + dx:9 + dx] + .05 * torch.randn_like(x)
@@ -83,14 +94,21 @@ def judge_digits(samples: Float[Tensor, 'n 1 y x'],      # 0 … 1, of any size
     """Accuracy and Fréchet distance of generated digits; real ones go through the same sizes as the samples.
 
     Blind to: memorised training digits (they score perfectly), whatever is lost at 8x8 pixels, and dropped shapes within a class as far as mean and covariance stay. Compare sets of equal n only."""
-    if len(samples) != len(labels): raise ValueError(f'labels must name a digit for each of {len(samples)} samples, got {len(labels)}')
+    if len(samples) != len(labels):
+        raise ValueError(f'labels must name a digit for each of {len(samples)} samples, got '
+                         f'{len(labels)}')
     judge = judge or digit_judge()
     size = tuple(samples.shape[2:])
-    as_large = lambda x: x if size == (8, 8) else F.interpolate(x, size, mode='bilinear', antialias=True).clamp(0, 1)
+    as_large = lambda x: x if size == (8, 8) else F.interpolate(
+        x, size, mode='bilinear', antialias=True).clamp(0, 1)
     real, known = data.digits('test'), data.digits('train')
     order = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
-    take = torch.cat([order[known.labels[order] == k][:n] for k, n in zip(*(v.tolist() for v in labels.unique(return_counts=True)))])   # the samples' mixture of classes
+    # the samples' mixture of classes
+    take = torch.cat([order[known.labels[order] == k][:n]
+                      for k, n in zip(*(v.tolist() for v in labels.unique(return_counts=True)))])
     wanted = torch.cat([(real.labels == k).nonzero()[:, 0] for k in labels.unique().tolist()])
     features = judge.features(as_large(real.images[wanted]))
     right = (judge(samples).argmax(1) == labels).float().mean().item()
-    return Verdict(right, frechet_distance(judge.features(samples), features), frechet_distance(judge.features(as_large(known.images[take])), features), len(samples))
+    return Verdict(right, frechet_distance(judge.features(samples), features),
+                   frechet_distance(judge.features(as_large(known.images[take])), features),
+                   len(samples))

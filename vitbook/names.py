@@ -30,7 +30,8 @@ def one_of(argument: str, value: str, options: Sequence[str]) -> str:
     if value in options: return value
     hint = did_you_mean([repr(near) for near in nearest(value, options)])
     wanted = ', '.join(map(repr, options))
-    raise ValueError(f'{argument}: got {value!r}, wanted one of {wanted}{f" ({hint})" if hint else ""}')
+    raise ValueError(f'{argument}: got {value!r}, wanted one of '
+                     f'{wanted}{f" ({hint})" if hint else ""}')
 
 # %% ../nbs/00_foundations/28_names.ipynb #161027a9
 def installed(package: str) -> str | None:

@@ -48,10 +48,15 @@ class recording(TorchFunctionMode):
 
     @torch.no_grad()
     def _from_qkv(self, q, k, v, bias=None, mask=None, causal=False, scale=None):
-        if not self.keep_weights: return None, query_entropy(q.detach(), k.detach(), bias=bias, mask=mask, causal=causal, scale=scale)
+        if not self.keep_weights:
+            return None, query_entropy(q.detach(), k.detach(), bias=bias, mask=mask, causal=causal,
+                                       scale=scale)
         if k.shape[1] != q.shape[1]: k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-        q, k = (x.float() for x in lowered(q.detach(), k.detach()))               # the numbers the model computes with, and no rounding after them
-        with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False): w = masked_softmax(attention_scores(q, k, bias=bias, mask=mask, causal=causal, scale=scale))
+        # the numbers the model computes with, and no rounding after them
+        q, k = (x.float() for x in lowered(q.detach(), k.detach()))
+        with nullcontext() if q.is_meta else torch.autocast(q.device.type, enabled=False):
+            w = masked_softmax(attention_scores(q, k, bias=bias, mask=mask, causal=causal,
+                                                scale=scale))
         return w, torch.special.entr(w).sum(-1)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -59,19 +64,30 @@ class recording(TorchFunctionMode):
         out = func(*args, **kwargs)
         if not self.every(self._stack[-1] if self._stack else ''): return out
         if func is attention:
-            self._note(*self._from_qkv(*args, **{x: kwargs.get(x) for x in ('bias', 'mask', 'scale')}, causal=kwargs.get('causal', False)))
+            self._note(*self._from_qkv(*args,
+                                       **{x: kwargs.get(x) for x in ('bias', 'mask', 'scale')},
+                                       causal=kwargs.get('causal', False)))
         elif func is F.scaled_dot_product_attention:
             names = ('query', 'key', 'value', 'attn_mask', 'dropout_p', 'is_causal')
             given = dict(zip(names, args)) | kwargs
-            q, k, v, m, causal = given['query'], given['key'], given['value'], given.get('attn_mask'), given.get('is_causal', False)
+            q, k, v = given['query'], given['key'], given['value']
+            m, causal = given.get('attn_mask'), given.get('is_causal', False)
             if q.dim() == 4:
-                if causal and q.shape[2] != k.shape[2]: m, causal = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(), False
+                if causal and q.shape[2] != k.shape[2]:
+                    m = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
+                    causal = False
                 boolean = m is not None and m.dtype == torch.bool
-                self._note(*self._from_qkv(q, k, v, None if boolean else m, m if boolean else None, causal, given.get('scale')))
-        elif func is F.multi_head_attention_forward:       # nn.MultiheadAttention: one call that hides the others
-            with torch.no_grad(): w = func(*args, **kwargs | dict(need_weights=True, average_attn_weights=False, training=False))[1].float()
-            self._note(w.view(-1, *w.shape[-3:]), torch.special.entr(w).sum(-1).view(-1, *w.shape[-3:-1]))
-        elif func in (F.softmax, torch.softmax, Tensor.softmax) and isinstance(out, Tensor) and out.dim() == 4:
+                self._note(*self._from_qkv(q, k, v, None if boolean else m, m if boolean else None,
+                                           causal, given.get('scale')))
+        elif func is F.multi_head_attention_forward:
+            # nn.MultiheadAttention: one call that hides the others
+            with torch.no_grad():
+                w = func(*args, **kwargs | dict(need_weights=True, average_attn_weights=False,
+                                                training=False))[1].float()
+            self._note(w.view(-1, *w.shape[-3:]),
+                       torch.special.entr(w).sum(-1).view(-1, *w.shape[-3:-1]))
+        elif func in (F.softmax, torch.softmax,
+                      Tensor.softmax) and isinstance(out, Tensor) and out.dim() == 4:
             dim = kwargs.get('dim', args[1] if len(args) > 1 else None)
             if dim in (-1, 3):
                 w = out.detach().float()

@@ -53,14 +53,17 @@ def register_model(build: Callable[..., nn.Module] | None = None, # a function n
                    compiles: bool | str = True,
                    reasons: Mapping[str, str] | None = None,  # what else does not work -> why
                    ) -> Callable:
-    "Decorator: make a function's name one that `create_model` knows. ValueError if another function has the name already."
+    """Decorator: make a function's name one that `create_model` knows.
+
+    ValueError if another function has the name already."""
     if build is None:
         return functools.partial(
             register_model, paper=paper, part=part, chapter=chapter, example=example,
             input_shape=input_shape, inputs=inputs, compiles=compiles, reasons=reasons)
     name, owner = build.__name__, _owner(build)
     if owner: raise ValueError(f'model {name!r} is registered already, by {owner}')
-    swallowed = [p.name for p in inspect.signature(build).parameters.values() if p.kind == p.VAR_POSITIONAL]
+    swallowed = [p.name for p in inspect.signature(build).parameters.values()
+                 if p.kind == p.VAR_POSITIONAL]
     if swallowed: raise ValueError(f'{name} must name its arguments, got *{swallowed[0]}')
     _entries[name] = Entry(name, build, paper, part, chapter, dict(example), tuple(input_shape), inputs,
                            compiles, dict(reasons or {}))
@@ -70,7 +73,8 @@ def register_model(build: Callable[..., nn.Module] | None = None, # a function n
     return build
 
 # %% ../nbs/00_foundations/08_registry.ipynb #f72e3d67
-PARTS = ('dynamics', 'mixers', 'backbones', 'tokens', 'detection', 'restoration', 'sequences', 'generation', 'multimodal')
+PARTS = ('dynamics', 'mixers', 'backbones', 'tokens', 'detection', 'restoration', 'sequences',
+         'generation', 'multimodal')
 
 def _index() -> dict[str, dict[str, Any]]:
     "The made table, name -> facts; read when a name is looked up that no imported module has."
@@ -86,7 +90,9 @@ def _modules() -> dict[str, Path]:
 def _import_home(name: str):
     "Import the module of a model: what the index says, else those that define such a function."
     if name in _index(): homes = [_index()[name]['module']]
-    else: homes = [m for m, p in _modules().items() if f'\ndef {name}(' in p.read_text(encoding='utf-8')]
+    else:
+        homes = [m for m, p in _modules().items()
+                 if f'\ndef {name}(' in p.read_text(encoding='utf-8')]
     for module in homes: importlib.import_module(module)
 
 # %% ../nbs/00_foundations/08_registry.ipynb #5f10ea05
@@ -97,14 +103,20 @@ def unknown_name(name: str, known: list[str]) -> str:
 
 # %% ../nbs/00_foundations/08_registry.ipynb #17460ff7
 def model_arguments(build: Callable[..., nn.Module]) -> dict[str, Any]:
-    "Names and defaults of a builder's arguments; where it passes **arguments on to a class (its return annotation), those of the class too."
+    """Names and defaults of a builder's arguments.
+
+    Where it passes **arguments on to a class (its return annotation), those of the class too."""
     signature = inspect.signature(build)
     found = {}
     if any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values()):
         cls = signature.return_annotation
-        if cls is signature.empty or not inspect.isclass(cls): raise ValueError(f'{build.__name__} takes **arguments, so it must say by its return annotation for which class')
-        found = {p.name: p.default for p in list(inspect.signature(cls.__init__).parameters.values())[1:]}
-    return found | {p.name: p.default for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD}
+        if cls is signature.empty or not inspect.isclass(cls):
+            raise ValueError(f'{build.__name__} takes **arguments, so it must say by its return '
+                             'annotation for which class')
+        found = {p.name: p.default
+                 for p in list(inspect.signature(cls.__init__).parameters.values())[1:]}
+    return found | {p.name: p.default for p in signature.parameters.values()
+                    if p.kind != p.VAR_KEYWORD}
 
 # %% ../nbs/00_foundations/08_registry.ipynb #4e0f3fed
 def _entry(name: str) -> Entry:
@@ -132,11 +144,14 @@ def create_model(name: str,                   # one of `list_models()`
                  out_indices: Sequence[int] | None = None, # with `features_only`: which of the model's levels; None: all
                  **arguments: Any,            # of the model's constructor; an unknown one raises
                 ) -> nn.Module:
-    "A new model with random weights. ValueError names the nearest models, or the nearest arguments, if one is unknown."
+    """A new model with random weights.
+
+    ValueError names the nearest models, or the nearest arguments, if one is unknown."""
     entry = _entry(name)
     known = list(model_arguments(entry.build))
     for given in arguments:
-        if given not in known: raise ValueError(f'{name} has no argument {given!r}{unknown_name(given, known)}')
+        if given not in known:
+            raise ValueError(f'{name} has no argument {given!r}{unknown_name(given, known)}')
     model = entry.build(**arguments)
     if not features_only and out_indices is None: return model
     if not features_only: raise ValueError(f'out_indices={out_indices} needs features_only=True')
@@ -149,7 +164,8 @@ def list_models(pattern: str = '*',       # shell-style, as in 'vit_*'
     "Names of the models, sorted: those of the index, and those registered since."
     parts = {name: row['part'] for name, row in _index().items()}
     parts |= {e.name: e.part for e in _entries.values()}
-    return sorted(k for k, of in parts.items() if fnmatch.fnmatch(k, pattern) and part in (None, of))
+    return sorted(k for k, of in parts.items()
+                  if fnmatch.fnmatch(k, pattern) and part in (None, of))
 
 def example_inputs(name: str,
                    batch: int = 2, # so many pictures; other inputs are of two samples
@@ -192,5 +208,6 @@ def write_index(path: str | Path | None = None): # None: `vitbook/_models.py`, w
     "Write the index that `create_model`, `list_models` and `model_info` read."
     if path is None: path = Path(importlib.util.find_spec('vitbook').origin).with_name('_models.py')
     head = '"""The models of the book by name. Made by `make export`, not to be edited."""'
-    rows = [f'{k!r}: {pprint.pformat(row, width=108, sort_dicts=False)},\n' for k, row in make_index().items()]
+    rows = [f'{k!r}: {pprint.pformat(row, width=108, sort_dicts=False)},\n'
+            for k, row in make_index().items()]
     Path(path).write_text(f'{head}\n\nMODELS = {{\n{"".join(rows)}}}\n', encoding='utf-8')

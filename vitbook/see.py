@@ -19,7 +19,8 @@ from torch import Tensor
 from .probe import recording  # noqa: F401, an old name
 
 # %% ../nbs/00_foundations/12_seeing.ipynb #6800a235
-COLORS = ['#3b6fb6', '#d9822b', '#2e8b6f', '#b8455f', '#7a5fa8', '#8a7a4d', '#4aa3c0', '#6b6f76']   # told apart with every kind of colour vision
+# told apart with every kind of colour vision
+COLORS = ['#3b6fb6', '#d9822b', '#2e8b6f', '#b8455f', '#7a5fa8', '#8a7a4d', '#4aa3c0', '#6b6f76']
 CMAP, DIVERGING = 'viridis', 'RdBu_r'
 STYLE = {'figure.dpi': 100, 'savefig.dpi': 100, 'figure.constrained_layout.use': True, 'figure.facecolor': 'white',
          'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'axes.labelsize': 9,
@@ -29,7 +30,8 @@ STYLE = {'figure.dpi': 100, 'savefig.dpi': 100, 'figure.constrained_layout.use':
 
 def _plt():
     try: import matplotlib.pyplot as plt
-    except ImportError as e: raise ImportError("figures need matplotlib: pip install 'vitbook[book]'") from e
+    except ImportError as e:
+        raise ImportError("figures need matplotlib: pip install 'vitbook[book]'") from e
     from cycler import cycler
     plt.rcParams.update(STYLE | {'axes.prop_cycle': cycler(color=COLORS)})
     return plt
@@ -42,7 +44,8 @@ def picture(x: Any,               # 3 y x, 1 y x, y x or y x 3; tensor or array,
     x = _np(x)
     if x.ndim == 3 and x.shape[0] in (1, 3): x = np.moveaxis(x, 0, -1)
     if x.ndim == 3 and x.shape[-1] == 1: x = x[..., 0]
-    if x.ndim not in (2, 3) or x.ndim == 3 and x.shape[-1] != 3: raise ValueError(f'a picture must be (3 y x), (1 y x) or (y x), got {x.shape}')
+    if x.ndim not in (2, 3) or x.ndim == 3 and x.shape[-1] != 3:
+        raise ValueError(f'a picture must be (3 y x), (1 y x) or (y x), got {x.shape}')
     return x.clip(0, 1) if x.ndim == 3 else x
 
 # %% ../nbs/00_foundations/12_seeing.ipynb #2733f570
@@ -52,7 +55,9 @@ def figure(rows: int = 1, cols: int = 1, *,
            **subplots: Any):             # further arguments of plt.subplots: sharex, sharey, width_ratios, squeeze …
     "A figure in the book's style and its axes (an array if there are several)."
     plt = _plt()
-    return plt.subplots(rows, cols, figsize=(width or min(3.4 * cols + .6, 10), height or 2.7 * rows + .3), **subplots)
+    return plt.subplots(rows, cols,
+                        figsize=(width or min(3.4 * cols + .6, 10), height or 2.7 * rows + .3),
+                        **subplots)
 
 # %% ../nbs/00_foundations/12_seeing.ipynb #815f248e
 def _label(ax, title, xlabel, ylabel):
@@ -74,7 +79,9 @@ def lines(ax: Any,
     x = _np(x)
     for label, y in ys.items():
         line, = ax.plot(x, _np(y), label=label, marker=marker, markersize=4)
-        if spread and label in spread: ax.fill_between(x, _np(spread[label][0]), _np(spread[label][1]), color=line.get_color(), alpha=.18, linewidth=0)
+        if spread and label in spread:
+            ax.fill_between(x, _np(spread[label][0]), _np(spread[label][1]), color=line.get_color(),
+                            alpha=.18, linewidth=0)
     if logx: ax.set_xscale('log')
     if logy: ax.set_yscale('log')
     if legend and len(ys) > 1: ax.legend()
@@ -108,12 +115,17 @@ def strip(images: Any,                       # pictures, each as `picture` takes
     "Pictures side by side."
     images = list(images)
     cols = math.ceil(len(images) / rows)
-    fig, axes = figure(rows, cols, width=size * cols, height=size * rows + .25 * (titles is not None) * rows + .3 * bool(title), squeeze=False)
+    fig, axes = figure(rows, cols, width=size * cols,
+                       height=size * rows + .25 * (titles is not None) * rows + .3 * bool(title),
+                       squeeze=False)
     for ax in axes.flat: ax.axis('off')
     for i, (ax, im) in enumerate(zip(axes.flat, images)):
         im = picture(im)
-        ax.imshow(im, cmap=cmap, vmin=vmin if im.ndim == 3 or vmin is not None else min(0., im.min()), vmax=vmax if im.ndim == 3 or vmax is not None else max(1., im.max()))
-        if titles is not None: ax.set_title(titles[i], fontsize=8.5, fontweight='normal', loc='center')
+        ax.imshow(im, cmap=cmap,
+                  vmin=vmin if im.ndim == 3 or vmin is not None else min(0., im.min()),
+                  vmax=vmax if im.ndim == 3 or vmax is not None else max(1., im.max()))
+        if titles is not None:
+            ax.set_title(titles[i], fontsize=8.5, fontweight='normal', loc='center')
     if title: fig.suptitle(title, fontsize=10, fontweight='bold', x=.01, ha='left')
     return fig
 
@@ -130,7 +142,8 @@ def on_picture(ax: Any,
         if side * side != len(w): raise ValueError(f'weights of {len(w)} tokens make no square grid; give them as (rows columns)')
         w = w.view(side, side)
     im = picture(image)
-    big = F.interpolate(w[None, None].float(), size=im.shape[:2], mode='bilinear', align_corners=False)[0, 0]
+    big = F.interpolate(w[None, None].float(), size=im.shape[:2], mode='bilinear',
+                        align_corners=False)[0, 0]
     ax.imshow(im, cmap='gray')
     drawn = ax.imshow(big, cmap=cmap, alpha=alpha, vmin=0, vmax=vmax)
     ax.axis('off')
@@ -145,7 +158,8 @@ def heads(values: Float[Tensor, 'layer head'], *, title: str = '', xlabel: str =
     fig, ax = figure(width=1.9 + .45 * v.shape[1], height=1.2 + .34 * v.shape[0])
     drawn = heat(ax, v, title=title, xlabel=xlabel, ylabel=ylabel, unit=unit, vmin=vmin, vmax=vmax)
     for i, j in np.ndindex(*v.shape) if v.size <= 144 else ():
-        ax.text(j, i, f'{v[i, j]:.3g}', ha='center', va='center', fontsize=7, color='white' if drawn.norm(v[i, j]) < .6 else 'black')
+        ax.text(j, i, f'{v[i, j]:.3g}', ha='center', va='center', fontsize=7,
+                color='white' if drawn.norm(v[i, j]) < .6 else 'black')
     return fig
 
 # %% ../nbs/00_foundations/12_seeing.ipynb #d6df06ce
@@ -155,9 +169,11 @@ def entropy_trace(steps: Any,
                   title: str = '', xlabel: str = 'step', maximum: float | None = None): # log(n), drawn as a dashed line
     "Entropy of every head over training, one small plot a layer."
     v = _np(values)
-    fig, axes = figure(1, v.shape[1], width=min(2.1 * v.shape[1] + .8, 10), height=2.6, sharey=True, squeeze=False)
+    fig, axes = figure(1, v.shape[1], width=min(2.1 * v.shape[1] + .8, 10), height=2.6, sharey=True,
+                       squeeze=False)
     for l, ax in enumerate(axes[0]):
-        for h in range(v.shape[2]): ax.plot(_np(steps), v[:, l, h], color=COLORS[h % len(COLORS)], linewidth=1.2)
+        for h in range(v.shape[2]):
+            ax.plot(_np(steps), v[:, l, h], color=COLORS[h % len(COLORS)], linewidth=1.2)
         if maximum is not None: ax.axhline(maximum, color='#8a8f98', linestyle='--', linewidth=1)
         ax.set_ylim(0, None)
         _label(ax, f'layer {l}', xlabel, 'attention entropy (nats)' if l == 0 else '')
@@ -167,7 +183,9 @@ def entropy_trace(steps: Any,
 # %% ../nbs/00_foundations/12_seeing.ipynb #a74e951e
 def rollout(weights: Sequence[Float[Tensor, 'b h n n']], # first layer first
            ) -> Float[Tensor, 'b n n']:                  # how much of each token's output comes from each input token
-    "Attention rollout: heads averaged, the residual path added as identity, layers multiplied. Source: arXiv:2005.00928, sec. 3."
+    """Attention rollout: heads averaged, the residual path added as identity, layers multiplied.
+
+    Source: arXiv:2005.00928, sec. 3."""
     out = None
     for w in weights:
         a = w.float().mean(1)
@@ -188,7 +206,8 @@ def token_mask(ax: Any,
     if im.ndim == 2: im = np.repeat(im[..., None], 3, -1)
     p, q = (patch, patch) if isinstance(patch, int) else patch
     grid = im.shape[0] // p, im.shape[1] // q
-    if keep.numel() != grid[0] * grid[1]: raise ValueError(f'keep must name {grid[0]}x{grid[1]} tokens, got {tuple(keep.shape)}')
+    if keep.numel() != grid[0] * grid[1]:
+        raise ValueError(f'keep must name {grid[0]}x{grid[1]} tokens, got {tuple(keep.shape)}')
     k = _np(keep.reshape(grid)).astype(bool).repeat(p, 0).repeat(q, 1)[..., None]
     im = im[:k.shape[0], :k.shape[1]]
     ax.imshow(np.where(k, im, np.array([.76, .84, .93]) + .08 * (im.mean(-1, keepdims=True) - .5)))
@@ -199,7 +218,10 @@ def token_mask(ax: Any,
 class Table:
     "Rows as a markdown table, in Jupyter, on the site and in print."
     def __init__(self, rows: Iterable[Mapping[str, Any]], digits: int = 4):
-        self.rows, self.digits = [{k: v.item() if isinstance(v, (Tensor, np.generic)) else v for k, v in r.items()} for r in rows], digits
+        self.rows = [
+            {k: v.item() if isinstance(v, (Tensor, np.generic)) else v for k, v in r.items()}
+            for r in rows]
+        self.digits = digits
 
     def _cell(self, x):
         if isinstance(x, bool): return 'yes' if x else 'no'
@@ -209,10 +231,13 @@ class Table:
 
     def __str__(self):
         names = list(dict.fromkeys(k for r in self.rows for k in r))
-        number = [all(isinstance(r.get(n), (int, float, type(None))) and not isinstance(r.get(n), bool) for r in self.rows) for n in names]
+        number = [all(
+            isinstance(r.get(n), (int, float, type(None))) and not isinstance(r.get(n), bool)
+            for r in self.rows) for n in names]
         body = [[self._cell(r.get(n)) for n in names] for r in self.rows]
         line = lambda cells: '| ' + ' | '.join(cells) + ' |'
-        return '\n'.join([line(names), '|' + '|'.join('---:' if n else '---' for n in number) + '|', *map(line, body)])
+        return '\n'.join([line(names), '|' + '|'.join('---:' if n else '---' for n in number) + '|',
+                          *map(line, body)])
 
     __repr__ = __str__
     def _repr_markdown_(self): return str(self)
@@ -225,12 +250,15 @@ def table(rows: Any,          # a list of dicts, or one dict as two columns
     return Table(rows, digits)
 
 # %% ../nbs/00_foundations/12_seeing.ipynb #cea34bd9
-LARGEST_ERROR = 48    # of 255, in any channel of any pixel: a picture that would lose more keeps all its colours
-_FEW = 64, 24, 2.     # so many colours do where the largest error and the root mean square are at most these
+# of 255, in any channel of any pixel: a picture that would lose more keeps all its colours
+LARGEST_ERROR = 48
+# so many colours do where the largest error and the root mean square are at most these
+_FEW = 64, 24, 2.
 
 def _nearest(colours, palette):
     "For each colour (n 3) the index of the nearest one of the palette (m 3), and its squared distance."
-    square = (palette**2).sum(-1) - 2 * colours @ palette.T               # without the colour's own square, the same for all
+    # without the colour's own square, the same for all
+    square = (palette**2).sum(-1) - 2 * colours @ palette.T
     index = square.argmin(-1)
     return index, np.take_along_axis(square, index[:, None], -1)[:, 0] + (colours**2).sum(-1)
 
@@ -253,7 +281,8 @@ def palette_png(png: bytes) -> bytes:
     anywhere, or has a palette already, stays as it is."""
     from PIL import Image
     image = Image.open(io.BytesIO(png))
-    if image.mode not in ('RGB', 'RGBA') or image.mode == 'RGBA' and image.getextrema()[3][0] < 255: return png
+    if image.mode not in ('RGB', 'RGBA') or image.mode == 'RGBA' and image.getextrema()[3][0] < 255:
+        return png
     image = image.convert('RGB')
     pixels = np.asarray(image).astype(np.uint32)
     keys = pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
@@ -264,7 +293,8 @@ def palette_png(png: bytes) -> bytes:
         palette = colours if len(colours) <= 256 else _choose(image, colours, size)
         index = _nearest(colours, palette)[0]
         error = np.abs(colours - palette[index])
-        if error.max() <= largest and ((error**2).mean(-1) @ counts / counts.sum())**.5 <= square: break
+        if error.max() <= largest and ((error**2).mean(-1) @ counts / counts.sum())**.5 <= square:
+            break
     if error.max() > LARGEST_ERROR: return png
     slim_image, out = Image.fromarray(index.astype(np.uint8)[where].reshape(pixels.shape[:2])), io.BytesIO()
     slim_image.putpalette(palette.astype(np.uint8).tobytes())
@@ -279,7 +309,9 @@ def _slim_base64(text):
     return text if slim_png == png else base64.b64encode(slim_png).decode()
 
 def slim(nb: dict) -> dict:   # a notebook as json or nbformat give it
-    "A copy of the notebook in which pictures among the outputs, in HTML too, are palette PNGs; all else is the same."
+    """A copy of the notebook in which pictures among the outputs, in HTML too, are palette PNGs.
+
+    All else is the same."""
     nb = copy.deepcopy(nb)
     for cell in nb['cells']:
         for output in cell.get('outputs', []):
@@ -287,8 +319,10 @@ def slim(nb: dict) -> dict:   # a notebook as json or nbformat give it
             if 'image/png' in data: data['image/png'] = _slim_base64(''.join(data['image/png']))
             if 'text/html' not in data: continue
             page = ''.join(data['text/html'])
-            lighter = re.sub(r'(?<=data:image/png;base64,)[\w+/=\\\s]+', lambda m: _slim_base64(m[0]), page)
-            if lighter != page: data['text/html'] = lighter.splitlines(True) if isinstance(data['text/html'], list) else lighter
+            lighter = re.sub(r'(?<=data:image/png;base64,)[\w+/=\\\s]+',
+                             lambda m: _slim_base64(m[0]), page)
+            if lighter != page:
+                data['text/html'] = lighter.splitlines(True) if isinstance(data['text/html'], list) else lighter
     return nb
 
 # %% ../nbs/00_foundations/12_seeing.ipynb #349f394d
@@ -315,25 +349,33 @@ def player(draw: Callable[[Any, Any], Any],   # draw(ax, frame) paints one frame
     def step(i):
         ax.clear()
         draw(ax, frames[i])
-    with plt.rc_context({'savefig.dpi': dpi}):       # which decides how large to_jshtml draws, not the figure's
+    # which decides how large to_jshtml draws, not the figure's
+    with plt.rc_context({'savefig.dpi': dpi}):
         page = FuncAnimation(fig, step, frames=len(frames)).to_jshtml(fps=fps, default_mode='once')
     plt.close(fig)
     page = re.sub(r'<link[^>]*>', '', page)
-    for icon in sorted(_icons, key=len, reverse=True): page = re.sub(rf'<i class="fa {icon}"></i>', f'<span aria-hidden="true">{_icons[icon]}</span>', page)
-    page = re.sub(r'[0-9a-f]{32}', 'player', page)   # the ids are random, and the frame has only one player
+    for icon in sorted(_icons, key=len, reverse=True):
+        page = re.sub(rf'<i class="fa {icon}"></i>',
+                      f'<span aria-hidden="true">{_icons[icon]}</span>', page)
+    # the ids are random, and the frame has only one player
+    page = re.sub(r'[0-9a-f]{32}', 'player', page)
     page = re.sub(r'(?<=data:image/png;base64,)[^"]+', lambda m: _slim_base64(m[0]), page) + _FIT
     w, h = max(round(width * dpi), _BUTTONS) + 2, round(height * dpi) + 96
     return Page(f'<iframe title="{html.escape(title)}" srcdoc="{html.escape(page)}" width="{w}" height="{h}" style="border:0;max-width:100%" loading="lazy"></iframe>')
 
 def slider(draw: Callable[..., Any],     # draw(**values) makes and returns one figure
            **controls: Any):             # name -> (start, stop, step), list of choices, bool, or an ipywidgets control with a value
-    "A control for each argument; moving one draws the figure anew. Under `vitbook run`, where nobody can move it, the figure of the starting values."
+    """A control for each argument; moving one draws the figure anew.
+
+    Under `vitbook run`, where nobody can move it, the figure of the starting values."""
     import ipywidgets as w
     from IPython.display import display
     made = {}
     for name, c in controls.items():
         c = c if isinstance(c, w.Widget) else w.interactive.widget_from_abbrev(c)
-        if c is None: raise ValueError(f'{name} must be (start, stop, step), a list, a bool or a widget, got {controls[name]!r}')
+        if c is None:
+            raise ValueError(f'{name} must be (start, stop, step), a list, a bool or a widget, '
+                             f'got {controls[name]!r}')
         if not c.description: c.description = name.replace('_', ' ')
         if hasattr(c, 'continuous_update'): c.continuous_update = False
         made[name] = c

@@ -43,7 +43,8 @@ def check_range(beyond: float = .25, # how far outside of 0 … 1 a number may l
         if images.numel() == 0 or images.is_meta: continue
         low, high = (v.item() for v in images.detach().aminmax())
         if low < -beyond or high > 1 + beyond:
-            raise ValueError(f'{name}: got values from {low:.4g} to {high:.4g}, wanted 0 … 1; pictures in 0 … 255 are divided by 255')
+            raise ValueError(f'{name}: got values from {low:.4g} to {high:.4g}, wanted 0 … 1; '
+                             'pictures in 0 … 255 are divided by 255')
 
 def _resize(images: Float[Tensor, 'n c y x'], size: int) -> Float[Tensor, 'n c s s']:
     if images.shape[-2:] == (size, size): return images
@@ -65,24 +66,31 @@ def stratified(labels: Int[Tensor, 'n'],
 # %% ../../nbs/00_foundations/10_data.ipynb #ce349e30
 @dataclass(frozen=True)
 class Pictures:
-    "Labelled pictures: `classes[labels[i]]` is the name of what `images[i]` shows. A slice, a mask or a tensor of indices gives Pictures again."
+    """Labelled pictures: `classes[labels[i]]` is the name of what `images[i]` shows.
+
+    A slice, a mask or a tensor of indices gives Pictures again."""
     images: Float[Tensor, 'n c y x']  # 0 … 1
     labels: Int[Tensor, 'n']
     classes: tuple[str, ...]
 
     def __post_init__(self):
-        if len(self.images) != len(self.labels): raise ValueError(f'labels: got {len(self.labels)} for {len(self.images)} images, wanted one each')
+        if len(self.images) != len(self.labels):
+            raise ValueError(f'labels: got {len(self.labels)} for {len(self.images)} images, '
+                             'wanted one each')
 
     def __len__(self) -> int: return len(self.labels)
 
-    def __getitem__(self, index: slice | Tensor) -> 'Pictures': return Pictures(self.images[index], self.labels[index], self.classes)
+    def __getitem__(self, index: slice | Tensor) -> 'Pictures':
+        return Pictures(self.images[index], self.labels[index], self.classes)
 
 # %% ../../nbs/00_foundations/10_data.ipynb #1c6bc8bb
 @functools.lru_cache(1)
 def _all_digits() -> tuple[Float[Tensor, 'n 1 8 8'], Int[Tensor, 'n']]:
     "Straight from the file inside scikit-learn: importing the package takes seconds, reading the file a twentieth of one."
     spec = importlib.util.find_spec('sklearn')
-    if spec is None: raise ImportError("digits() reads the digits inside scikit-learn: pip install 'vitbook[data]'")
+    if spec is None:
+        raise ImportError("digits() reads the digits inside scikit-learn: pip install "
+                          "'vitbook[data]'")
     file = Path(spec.submodule_search_locations[0])/'datasets'/'data'/'digits.csv.gz'
     if file.exists(): raw = np.loadtxt(file, delimiter=',', dtype=np.float32)
     else:
@@ -94,7 +102,9 @@ def digits(split: str = 'train',  # 'train' (80 %), 'test' (20 %) or 'all'
            *, size: int = 8,      # height and width; bilinear from the 8 x 8 original
            seed: int = 0,         # of the split
            ) -> Pictures:
-    "The 1797 handwritten digits that come with scikit-learn, one channel; the split keeps each class's share."
+    """The 1797 handwritten digits that come with scikit-learn, one channel.
+
+    The split keeps each class's share."""
     one_of('split', split, ('train', 'test', 'all'))
     _at_least(1, size=size)
     images, labels = _all_digits()
@@ -123,11 +133,15 @@ def pictures(size: int | None = None,  # None: as they are; a number: square cro
     from PIL import Image
     if size is not None: _at_least(1, size=size)
     spec = importlib.util.find_spec('skimage')
-    if spec is None: raise ImportError("pictures() reads the photographs inside scikit-image: pip install 'vitbook[data]'")
+    if spec is None:
+        raise ImportError("pictures() reads the photographs inside scikit-image: pip install "
+                          "'vitbook[data]'")
     folder, out = Path(spec.submodule_search_locations[0])/'data', {}
     for name, file in _PHOTOGRAPHS.items():
-        if not (folder/file).exists(): continue  # which ones are inside the package differs a little between versions
-        with Image.open(folder/file) as f: image = torch.from_numpy(np.array(f.convert('RGB'))).permute(2, 0, 1).float() / 255
+        # which ones are inside the package differs a little between versions
+        if not (folder/file).exists(): continue
+        with Image.open(folder/file) as f:
+            image = torch.from_numpy(np.array(f.convert('RGB'))).permute(2, 0, 1).float() / 255
         out[name] = image if size is None else square(image, size)
     return out
 
@@ -160,12 +174,15 @@ class Vocabulary:
 
     def encode(self, tokens: str | Sequence[str]) -> Int[Tensor, 'n']:
         "Ids of words, or of a string's words; words that are not in here get `unknown`."
-        return torch.tensor([self._id.get(w, self.unknown) for w in (tokenize(tokens) if isinstance(tokens, str) else tokens)], dtype=torch.long)
+        return torch.tensor([
+            self._id.get(w, self.unknown)
+            for w in (tokenize(tokens) if isinstance(tokens, str) else tokens)], dtype=torch.long)
 
     def decode(self, ids: Int[Tensor, 'n'] | Sequence[int]) -> str:
         "The words of `ids` with blanks between them."
         ids = [int(i) for i in ids]
-        if bad := [i for i in ids if not 0 <= i < len(self)]: raise ValueError(f'ids: got {bad[0]}, wanted 0 … {len(self) - 1}')
+        if bad := [i for i in ids if not 0 <= i < len(self)]:
+            raise ValueError(f'ids: got {bad[0]}, wanted 0 … {len(self) - 1}')
         return ' '.join(self.words[i] for i in ids)
 
 # %% ../../nbs/00_foundations/10_data.ipynb #4fde87bb
@@ -181,8 +198,11 @@ def _docstrings() -> str:
         try: module = importlib.import_module(name)
         except ImportError: continue
         for _, thing in sorted(vars(module).items()):
-            for each in (thing, *(v for _, v in sorted(vars(thing).items())) ) if inspect.isclass(thing) else (thing,):
-                if isinstance(doc := getattr(each, '__doc__', None), str): seen[inspect.cleandoc(doc)] = None
+            for each in (thing, *(
+                v
+                for _, v in sorted(vars(thing).items())) ) if inspect.isclass(thing) else (thing,):
+                if isinstance(doc := getattr(each, '__doc__', None), str):
+                    seen[inspect.cleandoc(doc)] = None
     return '\n\n'.join(seen)
 
 # %% ../../nbs/00_foundations/10_data.ipynb #f689bc8c
@@ -193,7 +213,8 @@ def _english() -> str:
     text = '\n\n'.join(p for p in pages if isinstance(p, str))
     if len(text) < 100_000: text = _docstrings()
     # rules under headings and the borders of tables are signs without a word: they would be the most frequent "words"
-    return '\n'.join(line for line in text.splitlines() if not re.fullmatch(r'[\W_]{3,}', line.strip()))
+    return '\n'.join(line for line in text.splitlines()
+                     if not re.fullmatch(r'[\W_]{3,}', line.strip()))
 
 def text(name: str = 'english',  # 'english' is always there; 'wikitext2' (validation part) and 'shakespeare' when found or fetched
          ) -> str:
@@ -223,9 +244,11 @@ def series(steps: int = 1344,     # hours; 1344 are eight weeks
     if noise < 0: raise ValueError(f'noise: got {noise}, wanted 0 or more')
     rng, longest = _rng(seed), 12
     driver = rng.randn(steps + longest)
-    for i in range(1, len(driver)): driver[i] = .95 * driver[i - 1] + (1 - .95 ** 2) ** .5 * driver[i]  # AR(1) of variance 1
+    # AR(1) of variance 1
+    for i in range(1, len(driver)):
+        driver[i] = .95 * driver[i - 1] + (1 - .95 ** 2) ** .5 * driver[i]
     lag = np.r_[0, rng.randint(0, longest + 1, channels - 1)]
-    t = np.arange(steps)[:, None] - lag                                                                  # 't c'
+    t = np.arange(steps)[:, None] - lag  # 't c'
     day, week = 2 * math.pi * t / 24, 2 * math.pi * t / (24 * 7)
     values = rng.uniform(.7, 1.3, channels) * (np.sin(day) + .4 * np.sin(2 * day + rng.uniform(0, 2 * math.pi, channels)))
     values += rng.uniform(.3, .6, channels) * np.cos(week) + rng.uniform(-1, 1, channels) * t / (24 * 7 * 4)
@@ -240,7 +263,8 @@ def ett(name: str = 'ETTh1',  # or 'ETTh2'
     file = find('ett', f'ETT-small/{name}.csv')
     with file.open(encoding='utf-8') as f:
         columns = tuple(next(f).strip().split(',')[1:])
-        values = np.loadtxt(f, delimiter=',', usecols=range(1, len(columns) + 1), dtype=np.float32, ndmin=2)
+        values = np.loadtxt(
+            f, delimiter=',', usecols=range(1, len(columns) + 1), dtype=np.float32, ndmin=2)
     return Series(columns, torch.from_numpy(values))
 
 # %% ../../nbs/00_foundations/10_data.ipynb #f94bdf80
@@ -265,10 +289,14 @@ def moving_digits(n: int,            # clips
     _at_least(8, size=size)
     images, _ = _all_digits()
     rng, side = _rng(seed), size * 7 // 16
-    sprites = _resize(images[torch.from_numpy(rng.randint(len(images), size=n * digits))], side).view(n, digits, side, side)
-    start, angle, speed = rng.uniform(0, size - side, (n, digits, 2)), rng.uniform(0, 2 * math.pi, (n, digits)), rng.uniform(.03, .09, (n, digits)) * size
+    sprites = _resize(images[torch.from_numpy(rng.randint(len(images), size=n * digits))],
+                      side).view(n, digits, side, side)
+    start = rng.uniform(0, size - side, (n, digits, 2))
+    angle = rng.uniform(0, 2 * math.pi, (n, digits))
+    speed = rng.uniform(.03, .09, (n, digits)) * size
     step = np.stack([np.sin(angle), np.cos(angle)], -1) * speed[..., None]
-    path = bounce(torch.from_numpy(start), torch.from_numpy(step), frames, size - side).round().long()  # 'n digits 2 t'
+    # 'n digits 2 t'
+    path = bounce(torch.from_numpy(start), torch.from_numpy(step), frames, size - side).round().long()
     clips = torch.zeros(n, frames, 1, size, size)
     for i, d, t in np.ndindex(n, digits, frames):
         y, x = path[i, d, :, t].tolist()
@@ -278,7 +306,9 @@ def moving_digits(n: int,            # clips
 
 # %% ../../nbs/00_foundations/10_data.ipynb #695cb2c6
 class Scenes(NamedTuple):
-    "Pictures with objects. Where a picture has fewer than m, the rest has label -1, a box of zeros and an empty mask."
+    """Pictures with objects.
+
+    Where a picture has fewer than m, the rest has label -1, a box of zeros and an empty mask."""
     images: Float[Tensor, 'n 3 y x']
     boxes: Float[Tensor, 'n m 4']     # x0 y0 x1 y1 in pixels; x1 and y1 lie just behind the last pixel
     labels: Int[Tensor, 'n m']
@@ -292,7 +322,8 @@ def _inside(kind: str, u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
     if kind == 'disc': return u * u + v * v <= r * r
     if kind == 'ring': return (u * u + v * v <= r * r) & (u * u + v * v >= (.55 * r) ** 2)
     if kind == 'square': return np.maximum(abs(u), abs(v)) <= r / 2 ** .5
-    if kind == 'cross': return (np.minimum(abs(u), abs(v)) <= .3 * r) & (np.maximum(abs(u), abs(v)) <= .95 * r)
+    if kind == 'cross':
+        return (np.minimum(abs(u), abs(v)) <= .3 * r) & (np.maximum(abs(u), abs(v)) <= .95 * r)
     return (v >= -r / 2) & (v <= r - 3 ** .5 * abs(u))  # triangle with all sides alike
 
 def shapes(n: int,
@@ -312,10 +343,12 @@ def shapes(n: int,
         slope = rng.uniform(-.2, .2, (2, 3))
         images[i] = rng.uniform(.2, .8, 3) + (x / size - .5)[..., None] * slope[0] + (y / size - .5)[..., None] * slope[1]
         wanted, placed = rng.randint(1, most + 1), 0
-        for _ in range(20 * wanted):  # a crowded picture may end with fewer; the first one always finds room
+        # a crowded picture may end with fewer; the first one always finds room
+        for _ in range(20 * wanted):
             k, r, turn = rng.randint(len(_SHAPES)), size * rng.uniform(.1, .2), rng.uniform(0, 2 * math.pi)
             cx, cy, colour = *rng.uniform(r, size - r, 2), rng.uniform(0, 1, 3)
-            u, v = (x - cx) * math.cos(turn) + (y - cy) * math.sin(turn), (y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)
+            u = (x - cx) * math.cos(turn) + (y - cy) * math.sin(turn)
+            v = (y - cy) * math.cos(turn) - (x - cx) * math.sin(turn)
             mask = _inside(_SHAPES[k], u, v, r)
             faint = abs(colour - images[i, int(cy), int(cx)]).max() < .25
             if faint or not mask.any() or (mask & masks[i].any(0)).any(): continue
@@ -340,13 +373,19 @@ def _texture(kind: str, size: int, rng: np.random.RandomState) -> np.ndarray:
     if kind == 'stripes': return .5 + .5 * np.sin(u)
     if kind == 'checks': return (np.sin(u) * np.sin(v) > 0).astype(float)
     if kind == 'dots': return (np.cos(u) + np.cos(v) > .8).astype(float)
-    if kind == 'rings': return .5 + .5 * np.sin(np.hypot(x - 2 * phase[0] + 6, y - 2 * phase[1] + 6) * 2 * math.pi / period + phase[0])
-    if kind == 'bricks':  # rows of double length, every second one shifted by half a brick, with joints between
+    if kind == 'rings':
+        return .5 + .5 * np.sin(np.hypot(x - 2 * phase[0] + 6,
+                                         y - 2 * phase[1] + 6) * 2 * math.pi / period + phase[0])
+    # rows of double length, every second one shifted by half a brick, with joints between
+    if kind == 'bricks':
         row = np.floor(v / (2 * math.pi))
         return ((v % (2 * math.pi) > .9) & ((u / 2 + math.pi * (row % 2)) % (2 * math.pi) > .45)).astype(float)
-    if kind == 'weave': return np.where(np.sin(u / 2) * np.sin(v / 2) > 0, .5 + .5 * np.sin(2 * u), .5 + .5 * np.sin(2 * v))
+    if kind == 'weave':
+        return np.where(np.sin(u / 2) * np.sin(v / 2) > 0, .5 + .5 * np.sin(2 * u),
+                        .5 + .5 * np.sin(2 * v))
     if kind == 'grain': return rng.uniform(0, 1, (size, size))
-    f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None])  # clouds: noise whose power falls with frequency
+    # clouds: noise whose power falls with frequency
+    f = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None])
     field = np.fft.ifft2(np.fft.fft2(rng.randn(size, size)) / np.maximum(f, 1 / size) ** 1.5).real
     return (field - field.min()) / (np.ptp(field) + 1e-12)
 
@@ -364,7 +403,8 @@ def textures(n: int,                 # pictures in all, the classes in turn
         first = rng.uniform(0, 1, 3)
         second = (first + rng.choice([-1, 1], 3) * rng.uniform(.3, .7, 3)) % 1
         images[i] = first[:, None, None] + (second - first)[:, None, None] * pattern + noise * rng.randn(3, size, size)
-    return Pictures(torch.from_numpy(images).clamp(0, 1).float(), torch.arange(n) % len(_TEXTURES), _TEXTURES)
+    return Pictures(
+        torch.from_numpy(images).clamp(0, 1).float(), torch.arange(n) % len(_TEXTURES), _TEXTURES)
 
 # %% ../../nbs/00_foundations/10_data.ipynb #a7077b09
 class LidarScene(NamedTuple):
@@ -374,19 +414,27 @@ class LidarScene(NamedTuple):
     labels: Int[Tensor, 'm']       # 0 vehicle, 1 pedestrian, 2 cyclist
     hit: Int[Tensor, 'p']          # of each point the box it lies on; -1 ground, -2 a wall
 
-LIDAR_SIZES = ((4.6, 1.9, 1.7), (.8, .8, 1.75), (1.8, .7, 1.7))      # metres: length, width, height of a vehicle, a pedestrian, a cyclist
+# metres: length, width, height of a vehicle, a pedestrian, a cyclist
+LIDAR_SIZES = ((4.6, 1.9, 1.7), (.8, .8, 1.75), (1.8, .7, 1.7))
 
 # %% ../../nbs/00_foundations/10_data.ipynb #2298ee62
-def cast_rays(origin: Float[Tensor, '3'], directions: Float[Tensor, 'r 3'], boxes: Float[Tensor, 'm 7']) -> tuple[Float[Tensor, 'r'], Int[Tensor, 'r']]:
-    "How far each ray flies until it enters a box, and which one; inf and the number of boxes if none."
+def cast_rays(origin: Float[Tensor, '3'], directions: Float[Tensor, 'r 3'],
+              boxes: Float[Tensor, 'm 7']) -> tuple[Float[Tensor, 'r'], Int[Tensor, 'r']]:
+    """How far each ray flies until it enters a box, and which one.
+
+    It is inf, and the number of boxes, if there is none."""
     cos, sin = boxes[:, 6].cos()[:, None], boxes[:, 6].sin()[:, None]
-    turn = lambda v: torch.stack([cos * v[..., 0] + sin * v[..., 1], cos * v[..., 1] - sin * v[..., 0], v[..., 2].expand(len(boxes), -1)], -1)
-    start, step, half = turn((origin - boxes[:, :3])[:, None]), turn(directions[None]), boxes[:, None, 3:6] / 2
+    turn = lambda v: torch.stack([cos * v[..., 0] + sin * v[..., 1],
+                                  cos * v[..., 1] - sin * v[..., 0],
+                                  v[..., 2].expand(len(boxes), -1)], -1)
+    start, step = turn((origin - boxes[:, :3])[:, None]), turn(directions[None])
+    half = boxes[:, None, 3:6] / 2
     step = torch.where(step.abs() < 1e-9, torch.full_like(step, 1e-9), step)
-    a, b = (-half - start) / step, (half - start) / step                     # where the ray crosses the two planes of each axis
+    # where the ray crosses the two planes of each axis
+    a, b = (-half - start) / step, (half - start) / step
     enter, leave = torch.minimum(a, b).amax(-1), torch.maximum(a, b).amin(-1)
     far = torch.where((enter < leave) & (enter > 0), enter, torch.full_like(enter, math.inf))
-    far = torch.cat([far, far.new_full((1, len(directions)), math.inf)])      # the last one: nothing
+    far = torch.cat([far, far.new_full((1, len(directions)), math.inf)])  # the last one: nothing
     nearest, which = far.min(0)
     return nearest, torch.where(nearest.isfinite(), which, len(boxes))
 
@@ -403,28 +451,36 @@ def lidar_scene(seed: int = 0,
     "A made-up street with things on it, scanned by a turning laser 1.8 m above ground: dense near by, sparse far away, with shadows."
     g = torch.Generator().manual_seed(seed)
     rand = lambda *size: torch.rand(*size, generator=g)
-    placed = []                                                              # x, y, z, l, w, h, heading, label, radius
+    placed = []  # x, y, z, l, w, h, heading, label, radius
     for label, many in ((-2, walls), *enumerate(objects)):
         for _ in range(many):
-            for _ in range(50):                                              # until a free place is found
-                size = torch.tensor([4 + 10 * rand(1).item(), .4, 2 + 3 * rand(1).item()] if label < 0 else LIDAR_SIZES[label]) * (.9 + .2 * rand(3))
+            for _ in range(50):  # until a free place is found
+                size = torch.tensor([4 + 10 * rand(1).item(), .4, 2 + 3 * rand(1).item()]
+                                    if label < 0 else LIDAR_SIZES[label]) * (.9 + .2 * rand(3))
                 x, y = ((rand(2) * 2 - 1) * extent * .95).tolist()
-                heading = (int(rand(1).item() * 4) * math.pi / 2 + (.15 if label == 0 else 3.1 if label > 0 else .3) * (rand(1).item() * 2 - 1) + math.pi) % (2 * math.pi) - math.pi
+                heading = (int(rand(1).item() * 4) * math.pi / 2 + (
+                    .15 if label == 0 else 3.1 if label > 0
+                    else .3) * (rand(1).item() * 2 - 1) + math.pi) % (2 * math.pi) - math.pi
                 radius = math.hypot(size[0].item(), size[1].item()) / 2
-                if math.hypot(x, y) > radius + 3 and all(math.hypot(x - p[0], y - p[1]) > radius + p[8] + .3 for p in placed): break
+                if math.hypot(x, y) > radius + 3 and all(
+                    math.hypot(x - p[0], y - p[1]) > radius + p[8] + .3 for p in placed):
+                    break
             else: continue
             placed.append([x, y, size[2].item() / 2, *size.tolist(), heading, label, radius])
     placed = torch.tensor(placed).reshape(-1, 9)
     up = torch.linspace(-20., 2., rings)[:, None] / 180 * math.pi
     around = (torch.arange(azimuths) + rand(rings, 1)) / azimuths * 2 * math.pi
-    rays = torch.stack([up.cos() * around.cos(), up.cos() * around.sin(), up.sin().expand_as(around)], -1).reshape(-1, 3)
+    rays = torch.stack(
+        [up.cos() * around.cos(), up.cos() * around.sin(), up.sin().expand_as(around)],
+        -1).reshape(-1, 3)
     origin = torch.tensor([0., 0., 1.8])
     far, which = cast_rays(origin, rays, placed[:, :7])
     ground = torch.where(rays[:, 2] < 0, -1.8 / rays[:, 2].clamp(max=-1e-9), math.inf)
-    which = torch.where(far <= ground, which, len(placed))             # the last number is the ground
+    which = torch.where(far <= ground, which, len(placed))  # the last number is the ground
     far = torch.minimum(far, ground)
-    shine = torch.cat([.15 + .5 * rand(len(placed)), torch.tensor([.25])])[which]   # how well each thing reflects
-    box = torch.where(placed[:, 7] < 0, -2, (placed[:, 7] >= 0).cumsum(0) - 1)      # walls are no boxes
+    # how well each thing reflects
+    shine = torch.cat([.15 + .5 * rand(len(placed)), torch.tensor([.25])])[which]
+    box = torch.where(placed[:, 7] < 0, -2, (placed[:, 7] >= 0).cumsum(0) - 1)  # walls are no boxes
     hit = torch.cat([box, torch.tensor([-1])])[which]
     far = far + noise * torch.randn(len(far), generator=g)
     intensity = (shine * (1 - far / (3 * extent)) + .05 * torch.randn(len(far), generator=g)).clamp(0, 1)
@@ -449,7 +505,8 @@ def places() -> list[Path]:
     "Where files are looked for, in this order: $VITBOOK_DATA, the checkout's data/downloads, the user's cache."
     own, checkout = os.environ.get('VITBOOK_DATA'), _checkout()
     cache = Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'vitbook'
-    return [*([Path(own).expanduser()] if own else []), *([checkout/'downloads'] if checkout else []), cache]
+    return [*([Path(own).expanduser()] if own else []),
+            *([checkout/'downloads'] if checkout else []), cache]
 
 def _set(name: str) -> dict:
     sets = manifest()['sets']
@@ -471,7 +528,9 @@ def _file(name: str, path: str | None) -> dict:
 
 # %% ../../nbs/00_foundations/10_data.ipynb #10c388ce
 class NotHere(FileNotFoundError):
-    "Something that is not on this machine; the message says how to get it, and a notebook shows nothing else."
+    """Something that is not on this machine.
+
+    The message says how to get it, and a notebook shows nothing else."""
     def _render_traceback_(self) -> list[str]: return [f'{type(self).__name__}: {self}']
 
 def locate(name: str,                 # of a set
@@ -480,7 +539,8 @@ def locate(name: str,                 # of a set
     "The first place's file with a right size; None when there is none."
     file = _file(name, path)
     there = [p/file['path'] for p in places() if (p/file['path']).is_file()]
-    return next((f for f in there if f.stat().st_size in [size for size, _ in _accepted(file)]), None)
+    return next(
+        (f for f in there if f.stat().st_size in [size for size, _ in _accepted(file)]), None)
 
 def find(name: str, path: str | None = None) -> Path:
     """As `locate`, but missing is NotHere, a FileNotFoundError, with the three ways out, and a file of a wrong size a ValueError.
@@ -491,11 +551,13 @@ def find(name: str, path: str | None = None) -> Path:
     for there in (p/file['path'] for p in places()):
         if there.is_file():
             sizes = ' or '.join(str(size) for size, _ in _accepted(file))
-            raise ValueError(f'{there}: has {there.stat().st_size} bytes, wanted {sizes}: cut off or altered; delete it and run `vitbook data fetch {name}`')
+            raise ValueError(f'{there}: has {there.stat().st_size} bytes, wanted {sizes}: cut off '
+                             f'or altered; delete it and run `vitbook data fetch {name}`')
     raise NotHere(f"{name}: {file['path']} is not on this machine: {_ways_out(name)}.")
 
 # %% ../../nbs/00_foundations/10_data.ipynb #3c8a17c2
-_CIFAR10 = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+_CIFAR10 = (
+    'airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 
 def cifar10(split: str = 'train',         # 'train' (50 000) or 'test' (10 000)
             *, limit: int | None = None,  # only the first so many: decoding all of 'train' takes seconds and 600 MB
@@ -523,12 +585,14 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 def _write(handle: io.RawIOBase, block: bytes):
-    while block: block = block[handle.write(block):]  # unbuffered: a nearly full disk takes only a part of a block
+    # unbuffered: a nearly full disk takes only a part of a block
+    while block: block = block[handle.write(block):]
 
 def _receive(url: str, part: Path, size: int, tell: Callable[[int, int], None]):
     "Appends to `part` what it lacks; begins again where the server cannot go on."
     have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={'User-Agent': 'vitbook', **({'Range': f'bytes={have}-'} if have else {})})
+    request = urllib.request.Request(
+        url, headers={'User-Agent': 'vitbook', **({'Range': f'bytes={have}-'} if have else {})})
     try: answer = urllib.request.urlopen(request, timeout=30)
     except urllib.error.HTTPError as e:
         if e.code != 416 or not have: raise
@@ -537,7 +601,9 @@ def _receive(url: str, part: Path, size: int, tell: Callable[[int, int], None]):
     with answer:
         if answer.status != 206: have = 0  # all of it comes
         length = answer.headers.get('Content-Length')
-        if length is not None and have + int(length) != size: raise ValueError(f'has {have + int(length)} bytes')  # before anything is overwritten
+        # before anything is overwritten
+        if length is not None and have + int(length) != size:
+            raise ValueError(f'has {have + int(length)} bytes')
         part.parent.mkdir(parents=True, exist_ok=True)
         with part.open('ab' if have else 'wb', buffering=0) as handle:
             while have <= size:
@@ -564,14 +630,18 @@ def download(url: str, target: Path,
             old = part.stat().st_size if part.exists() else 0
             if old != size: _receive(url, part, size, tell)
             have = part.stat().st_size
-            if have < size: raise ConnectionError(f'{url} stopped after {have} of {size} bytes, which are kept in {part} to go on from')
+            if have < size:
+                raise ConnectionError(f'{url} stopped after {have} of {size} bytes, which are '
+                                      f'kept in {part} to go on from')
             if have == size and _sha256(part) == sha256: break
             part.unlink()
-            if not old: raise ValueError('has another content')  # else the old part may be to blame: once more from the start
+            # else the old part may be to blame: once more from the start
+            if not old: raise ValueError('has another content')
         os.replace(part, target)
     except ValueError as e:
         raise ValueError(f'{url} {e}, wanted {size} bytes with sha256 {sha256}: not the file that was asked for, so {target} was not written') from e
-    except urllib.error.HTTPError as e: raise ConnectionError(f'{url} answers {e.code} {e.reason}') from e
+    except urllib.error.HTTPError as e:
+        raise ConnectionError(f'{url} answers {e.code} {e.reason}') from e
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError) as e:
         raise ConnectionError(f'{url} cannot be reached ({getattr(e, "reason", e)})') from e
     except ConnectionError: raise
@@ -580,7 +650,8 @@ def download(url: str, target: Path,
         raise OSError(e.errno, f'cannot write {part} ({why}); what had come is kept, make room or choose another folder') from e
 
 # %% ../../nbs/00_foundations/10_data.ipynb #f0f80b8c
-def _is_right(there: Path, file: dict) -> bool: return (there.stat().st_size, _sha256(there)) in _accepted(file)
+def _is_right(there: Path, file: dict) -> bool:
+    return (there.stat().st_size, _sha256(there)) in _accepted(file)
 
 def verify(name: str | None = None,  # of a set; None: all
            ) -> list[dict]:
@@ -588,14 +659,17 @@ def verify(name: str | None = None,  # of a set; None: all
     rows = []
     for each in [name] if name is not None else manifest()['sets']:
         for file in _set(each)['files']:
-            there = locate(each, file['path']) or next((p/file['path'] for p in places() if (p/file['path']).is_file()), None)
+            there = locate(each, file['path']) or next(
+                (p/file['path'] for p in places() if (p/file['path']).is_file()), None)
             rows.append(dict(name=each, path=file['path'], where=str(there or ''), state='missing' if there is None else 'ok' if _is_right(there, file) else 'altered'))
     return rows
 
 def listing() -> list[dict]:
     "Every set, shipped ones first: name, state ('shipped', 'needs scikit-learn', 'here', 'partly here', 'missing'), megabytes to download, licence, description."
-    def state(s): return 'shipped' if 'in' not in s or importlib.util.find_spec(s['in'].replace('scikit-', 'sk')) else f"needs {s['in']}"
-    rows = [dict(name=name, state=state(s), megabytes=0., licence=s['licence'], description=s['description']) for name, s in manifest()['shipped'].items()]
+    def state(s):
+        return 'shipped' if 'in' not in s or importlib.util.find_spec(s['in'].replace('scikit-', 'sk')) else f"needs {s['in']}"
+    rows = [dict(name=name, state=state(s), megabytes=0., licence=s['licence'],
+                 description=s['description']) for name, s in manifest()['shipped'].items()]
     for name, s in manifest()['sets'].items():
         here = [locate(name, f['path']) is not None for f in s['files']]
         rows.append(dict(name=name, state='here' if all(here) else 'partly here' if any(here) else 'missing',
@@ -605,21 +679,27 @@ def listing() -> list[dict]:
 # %% ../../nbs/00_foundations/10_data.ipynb #fcc50f3a
 def _line(path: str, done: int, size: int):
     "One line on stderr that counts up."
-    print(f'\r{path}  {done / 1e6:.1f} of {size / 1e6:.1f} MB  {done / size:4.0%}', end='\n' if done == size else '', file=sys.stderr, flush=True)
+    print(f'\r{path}  {done / 1e6:.1f} of {size / 1e6:.1f} MB  {done / size:4.0%}',
+          end='\n' if done == size else '', file=sys.stderr, flush=True)
 
 def fetch(name: str,                        # of a set in the manifest
           *, to: Path | str | None = None,  # a folder; None: $VITBOOK_DATA when set, else a checkout's data/downloads, else the user's cache
           progress: bool | Callable[[str, int, int], None] = True,  # a line on stderr, or called with path, bytes so far, bytes in all
           ) -> list[Path]:
-    "Downloads what this machine lacks of a set and says where the files lie. Errors as in `download`; with no network, one sentence with the three ways out."
+    """Downloads what this machine lacks of a set and says where the files lie.
+
+    Errors as in `download`; with no network, one sentence with the three ways out."""
     tell, out = progress if callable(progress) else _line if progress else lambda *_: None, []
     for file in _set(name)['files']:
         target = (Path(to).expanduser() if to is not None else places()[0])/file['path']
         there = locate(name, file['path']) if to is None else target if target.is_file() else None
         if there is None or not _is_right(there, file):
             sent = file.get('served', file)
-            try: download(file['url'], target, size=sent['size'], sha256=sent['sha256'], tell=functools.partial(tell, file['path']))
-            except ConnectionError as e: raise ConnectionError(f'{name}: {e}: {_ways_out(name)}.') from e
+            try:
+                download(file['url'], target, size=sent['size'], sha256=sent['sha256'],
+                         tell=functools.partial(tell, file['path']))
+            except ConnectionError as e:
+                raise ConnectionError(f'{name}: {e}: {_ways_out(name)}.') from e
             there = target
         out.append(there)
     return out

@@ -683,14 +683,22 @@ class DSVTDetector(Official, nn.Module):
                  head_width: int = 64):
         super().__init__()
         self.vfe = DynamicVFE(voxel_size, point_range, in_chans, vfe_dims)
-        if vfe_dims[-1] != embed_dim: raise ValueError(f'vfe_dims must end with embed_dim={embed_dim}, got {tuple(vfe_dims)}')
-        self.backbone = DSVT(self.vfe.grid, embed_dim, depths, set_size, windows, hybrid_factor, shifts, pool_strides, num_heads, mlp_ratio, pooling=pooling, pos_bug=pos_bug, normalize_pos=normalize_pos)
-        if self.backbone.grids[-1][2] != 1: raise ValueError(f'voxel_size, point_range and pool_strides must leave one cell in z, got {self.backbone.grids[-1][2]}')
+        if vfe_dims[-1] != embed_dim:
+            raise ValueError(f'vfe_dims must end with embed_dim={embed_dim}, got {tuple(vfe_dims)}')
+        self.backbone = DSVT(self.vfe.grid, embed_dim, depths, set_size, windows, hybrid_factor,
+                             shifts, pool_strides, num_heads, mlp_ratio, pooling=pooling,
+                             pos_bug=pos_bug, normalize_pos=normalize_pos)
+        if self.backbone.grids[-1][2] != 1:
+            raise ValueError('voxel_size, point_range and pool_strides must leave one cell in z, '
+                             f'got {self.backbone.grids[-1][2]}')
         self.bev = BEVBackbone(embed_dim, bev_depths, bev_strides, bev_dims, up_strides, up_dims)
         self.head = CenterHead(self.bev.num_features, num_classes, head_width)
         self.num_classes, self.in_chans, self.low = num_classes, in_chans, tuple(point_range[:2])
-        out = bev_strides[0] / (up_strides[0] if up_strides else 1)                      # cells of the BEV map in one of the head's
-        self.cell = tuple((b - a) / n * out for a, b, n in zip(point_range[:2], point_range[3:5], self.backbone.grids[-1][:2]))
+        # cells of the BEV map in one of the head's
+        out = bev_strides[0] / (up_strides[0] if up_strides else 1)
+        self.cell = tuple(
+            (b - a) / n * out
+            for a, b, n in zip(point_range[:2], point_range[3:5], self.backbone.grids[-1][:2]))
 
     def forward(self,
                 points: Float[Tensor, 'p f'],          # scene, x, y, z, …
@@ -699,7 +707,8 @@ class DSVTDetector(Official, nn.Module):
         x, coords = self.backbone(*self.vfe(points))
         return self.head(self.bev(to_bev(x, coords, self.backbone.grids[-1], scenes)))
 
-    def targets(self, boxes: Float[Tensor, 'm 7'], labels: Int[Tensor, 'm'], size: tuple[int, int]) -> Targets:
+    def targets(self, boxes: Float[Tensor, 'm 7'], labels: Int[Tensor, 'm'],
+                size: tuple[int, int]) -> Targets:
         "What the head is to say about a scene; `size` is rows, columns of its maps."
         return center_targets(boxes, labels, self.num_classes, size, self.cell, self.low)
 
@@ -709,10 +718,14 @@ class DSVTDetector(Official, nn.Module):
 
     @staticmethod
     def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        "The entries of an official CenterPoint detector under the names of ours; counters of its training are left out."
-        parts = ((r'^vfe\.pfn_layers\.', 'vfe.layers.'), (r'^backbone_2d\.', 'bev.'), (r'^dense_head\.heads_list\.0\.', 'head.outputs.'), (r'^dense_head\.', 'head.'))
+        """The entries of an official CenterPoint detector under the names of ours.
+
+        Counters of its training are left out."""
+        parts = ((r'^vfe\.pfn_layers\.', 'vfe.layers.'), (r'^backbone_2d\.', 'bev.'),
+                 (r'^dense_head\.heads_list\.0\.', 'head.outputs.'), (r'^dense_head\.', 'head.'))
         found = {f'backbone.{k}': v for k, v in official_names(state_dict).items()} if any(k.startswith('backbone_3d.') for k in state_dict) else {}
-        for old, new in parts: found |= {re.sub(old, new, k): v for k, v in state_dict.items() if re.match(old, k) and not (old == r'^dense_head\.' and k.startswith('dense_head.heads_list.0.'))}
+        for old, new in parts:
+            found |= {re.sub(old, new, k): v for k, v in state_dict.items() if re.match(old, k) and not (old == r'^dense_head\.' and k.startswith('dense_head.heads_list.0.'))}
         return found
 
     @staticmethod
@@ -720,24 +733,32 @@ class DSVTDetector(Official, nn.Module):
         state_dict: Mapping[str, Tensor],
         num_heads: int | None = None,       # weights do not tell it: 8 in the published models
     ) -> dict[str, Any]:
-        "Widths, depths and classes; the range, sets, windows and strides are the constructor's defaults."
+        """Widths, depths and classes.
+
+        The range, sets, windows and strides are the constructor's defaults."""
         sd, backbone = DSVTDetector.official_names(state_dict), DSVT.official_arguments(state_dict, num_heads)
         dims = set(backbone.pop('embed_dim'))
-        if len(dims) > 1: raise ValueError(f'state_dict must be of a detector with one width in all stages, got {sorted(dims)}')
+        if len(dims) > 1:
+            raise ValueError('state_dict must be of a detector with one width in all stages, got '
+                             f'{sorted(dims)}')
         told = lambda name: [sd[k] for i in range(len(sd)) if (k := name.format(i)) in sd]
         points, blocks, ups = (told(name) for name in (
             'vfe.layers.{}.linear.weight', 'bev.blocks.{}.0.conv1.weight', 'bev.deblocks.{}.0.weight'))
         bev_dims = [w.shape[0] for w in blocks]
-        depths = [len({k.split('.')[3] for k in sd if k.startswith(f'bev.blocks.{i}.')}) - 1 for i in range(len(blocks))]
-        up_dims = [w.shape[1] if w.shape[0] == dim else w.shape[0] for w, dim in zip(ups, bev_dims)]   # enlarged or not
-        heat = [v for k, v in sd.items() if k.startswith('head.outputs.hm.') and k.endswith('.bias')][-1]
+        depths = [len({k.split('.')[3] for k in sd if k.startswith(f'bev.blocks.{i}.')}) - 1
+                  for i in range(len(blocks))]
+        # enlarged or not
+        up_dims = [w.shape[1] if w.shape[0] == dim else w.shape[0] for w, dim in zip(ups, bev_dims)]
+        heat = [v for k, v in sd.items()
+                if k.startswith('head.outputs.hm.') and k.endswith('.bias')][-1]
         return backbone | dict(
             in_chans=points[0].shape[1] - 6, vfe_dims=[2 * w.shape[0] for w in points[:-1]] + [points[-1].shape[0]],
             num_classes=len(heat), embed_dim=dims.pop(), bev_dims=bev_dims, bev_depths=depths, up_dims=up_dims,
             head_width=sd['head.shared_conv.0.weight'].shape[0])
 
     @torch.no_grad()
-    def detect(self, points: Float[Tensor, 'p f'], scenes: int | None = None, **options: Any) -> list[Detections]:
+    def detect(self, points: Float[Tensor, 'p f'], scenes: int | None = None,
+               **options: Any) -> list[Detections]:
         "Boxes of each scene; options of `decode`."
         return decode(self(points, scenes), self.cell, self.low, **options)
 

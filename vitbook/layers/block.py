@@ -18,11 +18,14 @@ from .attention import Attention
 
 # %% ../../nbs/00_foundations/05_blocks.ipynb #76186840
 def hooked_everywhere() -> bool:
-    "Is there a hook of all modules that could change what they give? By those of torch's counter of operations only names are taken down."
+    """Is there a hook of all modules that could change what they give?
+
+    By those of torch's counter of operations only names are taken down."""
     known = torch.nn.modules.module
     if not known._has_any_global_hook(): return False
     kinds = known._global_forward_hooks, known._global_forward_pre_hooks, known._global_backward_hooks, known._global_backward_pre_hooks
-    return any(not isinstance(getattr(hook, '__self__', None), ModuleTracker) for hooks in kinds for hook in hooks.values())
+    return any(not isinstance(getattr(hook, '__self__', None), ModuleTracker) for hooks in kinds
+               for hook in hooks.values())
 
 def is_plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether calling a layer does what its class, exactly one of `kinds`, says and nothing else: only then may a faster way use its weights, or overwrite its output, without anybody noticing.
@@ -34,7 +37,9 @@ def is_plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 # %% ../../nbs/00_foundations/05_blocks.ipynb #65e5ee09
 class Mlp(nn.Module):
-    "Two linear maps with a nonlinearity between, each token for itself. Source: arXiv:2010.11929, eq. 3."
+    """Two linear maps with a nonlinearity between, each token for itself.
+
+    Source: arXiv:2010.11929, eq. 3."""
     def __init__(self,
                  in_features: int,
                  hidden_features: int | None = None,        # default in_features
@@ -44,14 +49,21 @@ class Mlp(nn.Module):
                  bias: bool = True):
         super().__init__()
         hidden, out = hidden_features or in_features, out_features or in_features
-        self.fc1, self.act, self.fc2, self.drop = nn.Linear(in_features, hidden, bias=bias), act_layer(), nn.Linear(hidden, out, bias=bias), nn.Dropout(drop)
+        self.fc1, self.act = nn.Linear(in_features, hidden, bias=bias), act_layer()
+        self.fc2, self.drop = nn.Linear(hidden, out, bias=bias), nn.Dropout(drop)
 
-    def forward(self, x: Float[Tensor, '*b c']) -> Float[Tensor, '*b d']: return self.drop(self.fc2(self.drop(self.hidden(x))))
+    def forward(self, x: Float[Tensor, '*b c']) -> Float[Tensor, '*b d']:
+        return self.drop(self.fc2(self.drop(self.hidden(x))))
 
     def hidden(self, x: Float[Tensor, '*b c']) -> Float[Tensor, '*b m']:
-        "act(fc1(x)); where no gradient needs what fc1 gives, and nobody can see it, GELU or SiLU overwrites it: one tensor of the widest size less."
+        """What act(fc1(x)) gives.
+
+        Where no gradient needs what fc1 gives, and nobody can see it, GELU or SiLU overwrites it:
+        one tensor of the widest size less."""
         h = self.fc1(x)
-        if h.requires_grad or not (is_plain(self.fc1, nn.Linear) and is_plain(self.act, nn.GELU, nn.SiLU)): return self.act(h)
+        if h.requires_grad or not (is_plain(self.fc1, nn.Linear)
+                                   and is_plain(self.act, nn.GELU, nn.SiLU)):
+            return self.act(h)
         return torch.ops.aten.gelu_(h, approximate=self.act.approximate) if type(self.act) is nn.GELU else torch.ops.aten.silu_(h)
 
 # %% ../../nbs/00_foundations/05_blocks.ipynb #5f2b29b5
@@ -82,7 +94,11 @@ def act_named(name: str,              # a key of ACTIVATIONS
 
 # %% ../../nbs/00_foundations/05_blocks.ipynb #de94c959
 class GatedMlp(nn.Module):
-    "An MLP whose hidden channels are multiplied by a gate: act(x W) * (x V). SwiGLU with the default SiLU. Source: arXiv:2002.05202, eq. 6."
+    """An MLP whose hidden channels are multiplied by a gate: act(x W) * (x V).
+
+    SwiGLU with the default SiLU.
+
+    Source: arXiv:2002.05202, eq. 6."""
     def __init__(self,
                  in_features: int,
                  hidden_features: int | None = None,        # width of the gate and of the value; default in_features
@@ -92,14 +108,18 @@ class GatedMlp(nn.Module):
                  bias: bool = True):
         super().__init__()
         hidden, out = hidden_features or in_features, out_features or in_features
-        self.gate, self.value = nn.Linear(in_features, hidden, bias=bias), nn.Linear(in_features, hidden, bias=bias)
+        self.gate = nn.Linear(in_features, hidden, bias=bias)
+        self.value = nn.Linear(in_features, hidden, bias=bias)
         self.act, self.out, self.drop = act_layer(), nn.Linear(hidden, out, bias=bias), nn.Dropout(drop)
 
-    def forward(self, x: Float[Tensor, '*b c']) -> Float[Tensor, '*b d']: return self.drop(self.out(self.drop(self.act(self.gate(x)) * self.value(x))))
+    def forward(self, x: Float[Tensor, '*b c']) -> Float[Tensor, '*b d']:
+        return self.drop(self.out(self.drop(self.act(self.gate(x)) * self.value(x))))
 
 # %% ../../nbs/00_foundations/05_blocks.ipynb #cc240b0d
 class LayerScale(nn.Module):
-    "A learned factor for each channel of a branch, small at first. Source: arXiv:2103.17239, eq. 4."
+    """A learned factor for each channel of a branch, small at first.
+
+    Source: arXiv:2103.17239, eq. 4."""
     def __init__(self,
                  dim: int,
                  init_values: float = 1e-5):
@@ -128,7 +148,8 @@ class DropPath(nn.Module):
         if not 0 <= p < 1: raise ValueError(f'p must lie in [0, 1), got {p}')
         self.p = p
 
-    def forward(self, x: Float[Tensor, 'b *rest']) -> Float[Tensor, 'b *rest']: return drop_path(x, self.p, self.training)
+    def forward(self, x: Float[Tensor, 'b *rest']) -> Float[Tensor, 'b *rest']:
+        return drop_path(x, self.p, self.training)
     def extra_repr(self) -> str:
         "The probability, for `print(model)`."
         return f'p={self.p}'
@@ -137,12 +158,18 @@ class DropPath(nn.Module):
 def drop_path_rates(rate: float, # of the last block
                     depth: int,
                    ) -> list[float]:
-    "Rates that grow linearly from 0 at the first block to `rate` at the last. Source: arXiv:1603.09382, sec. 4."
+    """Rates that grow linearly from 0 at the first block to `rate` at the last.
+
+    Source: arXiv:1603.09382, sec. 4."""
     return [rate * i / max(depth - 1, 1) for i in range(depth)]
 
 # %% ../../nbs/00_foundations/05_blocks.ipynb #e0b5b47b
 class Block(nn.Module):
-    "A Transformer block: attention and MLP, each on a residual branch of its own; timm's parameter names. Source: arXiv:2010.11929, eq. 2-3."
+    """A Transformer block: attention and MLP, each on a residual branch of its own.
+
+    Parameter names are timm's.
+
+    Source: arXiv:2010.11929, eq. 2-3."""
     def __init__(self,
                  dim: int,                             # width of a token
                  num_heads: int,
@@ -158,11 +185,13 @@ class Block(nn.Module):
                  mlp_layer: Callable[..., nn.Module] = Mlp,
                  norm_position: str = 'pre'):          # 'pre': x + f(norm(x)); 'post': norm(x + f(x)), as in 2017
         super().__init__()
-        if norm_position not in ('pre', 'post'): raise ValueError(f"norm_position must be 'pre' or 'post', got {norm_position!r}")
+        if norm_position not in ('pre', 'post'):
+            raise ValueError(f"norm_position must be 'pre' or 'post', got {norm_position!r}")
         self.norm_position = norm_position
         scale = lambda: LayerScale(dim, init_values) if init_values is not None else nn.Identity()
         self.norm1 = norm_layer(dim)
-        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, qk_norm=qk_norm, attn_drop=attn_drop, proj_drop=proj_drop, norm_layer=norm_layer)
+        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias, qk_norm=qk_norm,
+                              attn_drop=attn_drop, proj_drop=proj_drop, norm_layer=norm_layer)
         self.ls1, self.drop_path1 = scale(), DropPath(drop_path)
         self.norm2 = norm_layer(dim)
         self.mlp = mlp_layer(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop)

@@ -38,7 +38,9 @@ def sincos_1d(n: int | Float[Tensor, 'n'],  # how many positions, or the positio
               base: float = 10000.,         # the longest wavelength is 2π base
               interleaved: bool = True,     # sin, cos, sin, cos … as in the paper; False: all sines, then all cosines
              ) -> Float[Tensor, 'n d']:
-    "Fixed sines and cosines of geometrically growing wavelength. Source: arXiv:1706.03762, sec. 3.5."
+    """Fixed sines and cosines of geometrically growing wavelength.
+
+    Source: arXiv:1706.03762, sec. 3.5."""
     angle = angles(n, dim, base)
     both = torch.stack([angle.sin(), angle.cos()], -1 if interleaved else 1)
     return both.flatten(1).float()
@@ -49,9 +51,12 @@ def sincos_2d(h: int,                # rows
               dim: int,              # width of a token, a multiple of 4
               base: float = 10000.,
              ) -> Float[Tensor, 'n d']: # n = h * w, row by row: half the width says the column, half the row
-    "Fixed 2-D positions as in MAE: sines and cosines of x, then of y. Source: arXiv:2111.06377, appendix A."
+    """Fixed 2-D positions as in MAE: sines and cosines of x, then of y.
+
+    Source: arXiv:2111.06377, appendix A."""
     if dim % 4: raise ValueError(f'dim must be a multiple of 4, got {dim}')
-    row, col = sincos_1d(h, dim // 2, base, interleaved=False), sincos_1d(w, dim // 2, base, interleaved=False)
+    row = sincos_1d(h, dim // 2, base, interleaved=False)
+    col = sincos_1d(w, dim // 2, base, interleaved=False)
     return torch.cat([col.repeat(h, 1), row.repeat_interleave(w, 0)], 1)
 
 # %% ../../nbs/00_foundations/02_positions.ipynb #d09852cb
@@ -62,11 +67,15 @@ def resize_position(pos: Float[Tensor, '1 n c'],          # learned positions, p
                     mode: str = 'bicubic',                # 'bicubic' or 'bilinear'
                     antialias: bool = True,               # as timm does when it makes a grid smaller
                    ) -> Float[Tensor, '1 m c']:
-    "Learned positions interpolated to another grid; prefix tokens stay as they are. Source: arXiv:2010.11929, sec. 3.2."
+    """Learned positions interpolated to another grid; prefix tokens stay as they are.
+
+    Source: arXiv:2010.11929, sec. 3.2."""
     old, new = pair(old_grid), pair(new_grid)
-    if mode not in ('bicubic', 'bilinear'): raise ValueError(f"mode must be 'bicubic' or 'bilinear', got {mode!r}")
+    if mode not in ('bicubic', 'bilinear'):
+        raise ValueError(f"mode must be 'bicubic' or 'bilinear', got {mode!r}")
     if pos.shape[1] != num_prefix + old[0] * old[1]:
-        raise ValueError(f'pos must hold {num_prefix} + {old[0]}x{old[1]} tokens, got {pos.shape[1]}')
+        raise ValueError(f'pos must hold {num_prefix} + {old[0]}x{old[1]} tokens, got '
+                         f'{pos.shape[1]}')
     if old == new: return pos
     prefix, grid = pos[:, :num_prefix], pos[:, num_prefix:]
     grid = grid.float().unflatten(1, old).permute(0, 3, 1, 2)
@@ -78,33 +87,43 @@ def trained_grid(places: int,                          # positions in the weight
                  own: tuple[int, int],                 # grid of the model that is to have them
                  told: Int[Tensor, '2'] | None = None, # rows, columns, where the weights say it
                 ) -> tuple[int, int]:
-    "The grid that positions were learned on. ValueError if the weights do not say it and it is not plain."
+    """The grid that positions were learned on.
+
+    ValueError if the weights do not say it and it is not plain."""
     if told is not None: return int(told[0]), int(told[1])
     side, same = math.isqrt(places), places == own[0] * own[1]
     if side * side == places and (own == (side, side) or not same): return side, side
     if same and side * side != places: return own
     could = f'{side}x{side} or {own[0]}x{own[1]}' if same else 'any'
-    raise ValueError(f'pos_grid must tell the grid of the {places} positions in the weights, which could be {could}; add pos_grid=torch.tensor([rows, columns]) to the state_dict')
+    raise ValueError(f'pos_grid must tell the grid of the {places} positions in the weights, '
+                     f'which could be {could}; add pos_grid=torch.tensor([rows, columns]) to the '
+                     'state_dict')
 
 class LearnedGrid:
     "A part of a module whose learned positions belong to its `grid_size`: its `state_dict` says the grid, as `pos_grid`, and weights of another one are interpolated by `regridded`, and refused by `load_state_dict`."
     positions = 'pos_embed'    # name of the parameter
 
     def regridded(self, state_dict: Mapping[str, Tensor], num_prefix: int = 0) -> dict[str, Tensor]:
-        "Weights with positions for the grid of this module. ValueError if it cannot be told which grid theirs was."
+        """Weights with positions for the grid of this module.
+
+        ValueError if it cannot be told which grid theirs was."""
         out, own, name = dict(state_dict), tuple(self.grid_size), self.positions
         if name not in out or getattr(self, name) is None: return out
         grid = trained_grid(out[name].shape[1] - num_prefix, own, out.get('pos_grid'))
-        return out | {name: resize_position(out[name], grid, own, num_prefix), 'pos_grid': torch.tensor(own, device='cpu')}
+        return out | {name: resize_position(out[name], grid, own, num_prefix),
+                      'pos_grid': torch.tensor(own, device='cpu')}
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if getattr(self, self.positions) is not None: destination[prefix + 'pos_grid'] = torch.tensor(tuple(self.grid_size), device='cpu')
+        if getattr(self, self.positions) is not None:
+            destination[prefix + 'pos_grid'] = torch.tensor(tuple(self.grid_size), device='cpu')
 
     def _load_from_state_dict(self, state_dict, prefix, *rest):
         told = state_dict.pop(prefix + 'pos_grid', None)
         if told is not None and tuple(told.tolist()) != tuple(self.grid_size):
-            raise ValueError(f'state_dict must have positions of the grid {self.grid_size[0]}x{self.grid_size[1]}, got {told[0]}x{told[1]}: load_checkpoint interpolates them')
+            raise ValueError('state_dict must have positions of the grid '
+                             f'{self.grid_size[0]}x{self.grid_size[1]}, got {told[0]}x{told[1]}: '
+                             'load_checkpoint interpolates them')
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 # %% ../../nbs/00_foundations/02_positions.ipynb #d5c5c995
@@ -123,7 +142,8 @@ class RelativePositionBias(nn.Module):
         super().__init__()
         self.window = pair(window)
         h, w = self.window
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * h - 1) * (2 * w - 1), num_heads))
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(
+            (2 * h - 1) * (2 * w - 1), num_heads))
         self.register_buffer('relative_position_index', relative_index(h, w), persistent=False)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=.02)
 
@@ -167,7 +187,9 @@ def rope_last(x: Float[Tensor, '*b n d'],
               cos: Float[Tensor, 'm d'],
               sin: Float[Tensor, 'm d'],
              ) -> Float[Tensor, '*b n d']:
-    "`apply_rope` for the last m tokens; those before, class tokens and registers, have no place and stay."
+    """`apply_rope` for the last m tokens.
+
+    Those before, class tokens and registers, have no place and stay."""
     first = x.shape[-2] - cos.shape[-2]
     return torch.cat([x[..., :first, :], apply_rope(x[..., first:, :], cos, sin)], -2)
 
@@ -221,7 +243,10 @@ def rope_2d(h: int,             # rows
             head_dim: int,      # width of a head, a multiple of 4
             base: float = 100., # the longest wavelength is 2π base: a grid is far shorter than a text
            ) -> tuple[Float[Tensor, 'n d'], Float[Tensor, 'n d']]: # cos and sin for n = h * w tokens, row by row
-    "Axial rotary positions: half of the channels turn with the column, half with the row. Source: arXiv:2403.13298, sec. 3.2."
+    """Axial rotary positions: half of the channels turn with the column, half with the row.
+
+    Source: arXiv:2403.13298, sec. 3.2."""
     if head_dim % 4: raise ValueError(f'head_dim must be a multiple of 4, got {head_dim}')
     row, col = rope_1d(h, head_dim // 2, base), rope_1d(w, head_dim // 2, base)
-    return tuple(torch.cat([c.repeat(h, 1), r.repeat_interleave(w, 0)], 1) for r, c in zip(row, col))
+    return tuple(torch.cat([c.repeat(h, 1), r.repeat_interleave(w, 0)], 1)
+                 for r, c in zip(row, col))

@@ -28,7 +28,8 @@ def scatter_max(x: Float[Tensor, 'p c'],
                 n: int,                  # number of groups
                ) -> Float[Tensor, 'n c']:
     "Largest value of each channel among the rows of each group; zeros for a group without rows."
-    return x.new_zeros(n, x.shape[1]).scatter_reduce(0, group[:, None].expand_as(x), x, 'amax', include_self=False)
+    return x.new_zeros(n, x.shape[1]).scatter_reduce(0, group[:, None].expand_as(x), x, 'amax',
+                                                     include_self=False)
 
 # %% ../../nbs/00_foundations/20_voxels.ipynb #e7eccc4a
 def sort_in_groups(group: Int[Tensor, 'n'],            # not negative
@@ -43,7 +44,8 @@ def rank_in_group(group: Int[Tensor, 'n'], key: Int[Tensor, 'n'] | None = None) 
     order = sort_in_groups(group, key)
     count = torch.bincount(group)
     start = count.cumsum(0) - count
-    return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device) - start[group[order]])
+    return torch.empty_like(order).scatter_(
+        0, order, torch.arange(len(order), device=order.device) - start[group[order]])
 
 # %% ../../nbs/00_foundations/20_voxels.ipynb #5a4d9f89
 class Voxels(NamedTuple):
@@ -56,8 +58,12 @@ def grid_size(voxel_size: Sequence[float],  # x, y, z
               point_range: Sequence[float], # lowest x, y, z, then the upper ends
              ) -> tuple[int, int, int]:
     "Cells of the range in x, y and z."
-    if len(voxel_size) != 3 or min(voxel_size) <= 0: raise ValueError(f'voxel_size must be three positive lengths x, y, z, got {tuple(voxel_size)}')
-    if len(point_range) != 6 or any(a >= b for a, b in zip(point_range[:3], point_range[3:])): raise ValueError(f'point_range must be x, y, z and then larger x, y, z, got {tuple(point_range)}')
+    if len(voxel_size) != 3 or min(voxel_size) <= 0:
+        raise ValueError('voxel_size must be three positive lengths x, y, z, got '
+                         f'{tuple(voxel_size)}')
+    if len(point_range) != 6 or any(a >= b for a, b in zip(point_range[:3], point_range[3:])):
+        raise ValueError('point_range must be x, y, z and then larger x, y, z, got '
+                         f'{tuple(point_range)}')
     x, y, z = (round((b - a) / s) for a, b, s in zip(point_range[:3], point_range[3:], voxel_size))
     return x, y, z
 
@@ -67,16 +73,21 @@ def voxelize(points: Float[Tensor, 'q f'],     # scene, x, y, z, …
              grid: Sequence[int] | None = None, # cells in x, y, z; None: as many as fit the range
              ignore_z: bool = False,           # columns: points of any height count, and z is 0
             ) -> Voxels:
-    "Which cells hold points, and which points. Upper ends are outside. Any number of points per cell."
+    """Which cells hold points, and which points.
+
+    Upper ends are outside. Any number of points per cell."""
     xyz = widened(points[:, 1:4])
     size, low = xyz.new_tensor(voxel_size), xyz.new_tensor(point_range[:3])
-    grid = torch.tensor(grid_size(voxel_size, point_range) if grid is None else grid, device=points.device)
-    if points.shape[1] < 4: raise ValueError(f'points must have columns scene, x, y, z, …, got {points.shape[1]}')
+    grid = torch.tensor(grid_size(voxel_size, point_range) if grid is None else grid,
+                        device=points.device)
+    if points.shape[1] < 4:
+        raise ValueError(f'points must have columns scene, x, y, z, …, got {points.shape[1]}')
     cell = ((xyz - low) / size).floor().long()
     if ignore_z: cell[:, 2], grid = 0, torch.cat([grid[:2], grid.new_ones(1)])
     inside = ((cell >= 0) & (cell < grid)).all(1)
-    cell = torch.cat([points[inside, :1].long(), cell[inside]], 1)                          # scene, x, y, z
-    scale = torch.cat([grid.flip(0).cumprod(0).flip(0), grid.new_ones(1)])                  # one number for each cell
+    cell = torch.cat([points[inside, :1].long(), cell[inside]], 1)  # scene, x, y, z
+    # one number for each cell
+    scale = torch.cat([grid.flip(0).cumprod(0).flip(0), grid.new_ones(1)])
     key, of_point = torch.unique((cell * scale).sum(1), return_inverse=True)
     b, x, y, z = (key[:, None] // scale % torch.cat([key.new_full((1,), 2 ** 62), grid])).unbind(1)
     return Voxels(torch.stack([b, z, y, x], 1), of_point, inside)
@@ -93,23 +104,31 @@ def check_coords(coords: Int[Tensor, 'n 4'], grid: Sequence[int]):
     if not len(coords): return
     low, high, (x, y, z) = coords.amin(0).tolist(), coords.amax(0).tolist(), grid
     if min(low) < 0 or high[1] >= z or high[2] >= y or high[3] >= x:
-        raise ValueError(f'coords must lie inside the grid of {x}x{y}x{z} cells (x, y, z), got scene, z, y, x from {tuple(low)} to {tuple(high)}')
+        raise ValueError(f'coords must lie inside the grid of {x}x{y}x{z} cells (x, y, z), got '
+                         f'scene, z, y, x from {tuple(low)} to {tuple(high)}')
 
 def voxel_windows(coords: Int[Tensor, 'n 4'],             # scene, z, y, x
                   grid: Sequence[int],                    # cells in x, y, z
                   window: Sequence[int],                  # cells in x, y, z
                   shift: Sequence[int] = (0, 0, 0),       # added to x, y, z before cutting
                  ) -> VoxelWindows:
-    "Cut a sparse grid into windows, empty ones left out. ValueError if a voxel lies outside the grid. Source: arXiv:2301.06051, sec. 3.2."
-    if len(window) != 3 or min(window) < 1: raise ValueError(f'window must be three numbers of cells x, y, z, at least 1, got {tuple(window)}')
-    if len(shift) != 3: raise ValueError(f'shift must be three numbers of cells x, y, z, got {tuple(shift)}')
+    """Cut a sparse grid into windows, empty ones left out.
+
+    ValueError if a voxel lies outside the grid.
+
+    Source: arXiv:2301.06051, sec. 3.2."""
+    if len(window) != 3 or min(window) < 1:
+        raise ValueError('window must be three numbers of cells x, y, z, at least 1, got '
+                         f'{tuple(window)}')
+    if len(shift) != 3:
+        raise ValueError(f'shift must be three numbers of cells x, y, z, got {tuple(shift)}')
     check_coords(coords, grid)
     new = lambda v: coords.new_tensor(list(v))
     size, move = new(window), new(shift)
     moved = coords[:, [3, 2, 1]].long() + move                                             # x, y, z
     cell, place = moved.div(size, rounding_mode='floor'), moved.remainder(size)
     first = move.div(size, rounding_mode='floor')
-    many = (new(grid) - 1 + move).div(size, rounding_mode='floor') - first + 1              # windows in x, y, z
+    many = (new(grid) - 1 + move).div(size, rounding_mode='floor') - first + 1  # windows in x, y, z
     key = coords[:, 0].long()
     for axis in range(3): key = key * many[axis] + cell[:, axis] - first[axis]
     _, index, count = torch.unique(key, return_inverse=True, return_counts=True)
@@ -145,29 +164,38 @@ class DynamicVFE(nn.Module):
                  distance: bool = False,            # and the distance to the sensor
                  ignore_z: bool = False):           # columns instead of voxels, see `voxelize`
         super().__init__()
-        if in_chans < 3: raise ValueError(f'in_chans must be at least 3, x, y and z, got {in_chans}')
-        if not dims or any(d % 2 for d in dims[:-1]): raise ValueError(f'dims must be at least one width, all but the last even, got {tuple(dims)}')
+        if in_chans < 3:
+            raise ValueError(f'in_chans must be at least 3, x, y and z, got {in_chans}')
+        if not dims or any(d % 2 for d in dims[:-1]):
+            raise ValueError('dims must be at least one width, all but the last even, got '
+                             f'{tuple(dims)}')
         self.grid = grid_size(voxel_size, point_range)
         self.voxel_size, self.point_range, self.in_chans = tuple(voxel_size), tuple(point_range), in_chans
         self.absolute, self.distance, self.ignore_z = absolute, distance, ignore_z
         widths = [in_chans + (6 if absolute else 3) + distance, *dims]
-        self.layers = nn.ModuleList(PointLayer(a, b, norm, last=i == len(dims) - 1) for i, (a, b) in enumerate(zip(widths, dims)))
+        self.layers = nn.ModuleList(PointLayer(a, b, norm, last=i == len(dims) - 1)
+                                    for i, (a, b) in enumerate(zip(widths, dims)))
 
     def features(self, points: Float[Tensor, 'q f']) -> tuple[Float[Tensor, 'p i'], Voxels]:
         "What the first layer sees of each point inside the range."
         voxels = voxelize(points, self.voxel_size, self.point_range, self.grid, self.ignore_z)
         points = widened(points[voxels.inside])
-        xyz, size, low = points[:, 1:4], points.new_tensor(self.voxel_size), points.new_tensor(self.point_range[:3])
+        xyz, size = points[:, 1:4], points.new_tensor(self.voxel_size)
+        low = points.new_tensor(self.point_range[:3])
         cell = voxels.coords.flip(1)[:, :3].index_select(0, voxels.of_point).to(xyz.dtype)
         mean = scatter_mean(xyz, voxels.of_point, len(voxels.coords)).index_select(0, voxels.of_point)
-        found = [points[:, 1:] if self.absolute else points[:, 4:], xyz - mean, xyz - (cell * size + size / 2 + low)]
-        return torch.cat(found + ([xyz.norm(dim=1, keepdim=True)] if self.distance else []), 1), voxels
+        found = [points[:, 1:] if self.absolute else points[:, 4:], xyz - mean,
+                 xyz - (cell * size + size / 2 + low)]
+        return torch.cat(
+            found + ([xyz.norm(dim=1, keepdim=True)] if self.distance else []), 1), voxels
 
     def forward(self,
                 points: Float[Tensor, 'q f'],       # scene, x, y, z, …
                ) -> tuple[Float[Tensor, 'n c'], Int[Tensor, 'n 4']]:
         "Features and coords (scene, z, y, x) of the occupied voxels."
-        if points.shape[1] != self.in_chans + 1: raise ValueError(f'points must have 1 + in_chans = {self.in_chans + 1} columns, got {points.shape[1]}')
+        if points.shape[1] != self.in_chans + 1:
+            raise ValueError(f'points must have 1 + in_chans = {self.in_chans + 1} columns, got '
+                             f'{points.shape[1]}')
         x, voxels = self.features(points)
         x = x.to(points.dtype)
         for layer in self.layers: x = layer(x, voxels.of_point, len(voxels.coords))
@@ -179,10 +207,16 @@ def to_bev(x: Float[Tensor, 'n c'],
            grid: Sequence[int],           # cells in x, y, z
            scenes: int | None = None,     # None: up to the last one that has a voxel
           ) -> Float[Tensor, 'b d y x']:  # d = c * cells in z
-    "Voxel features on a dense map seen from above, zeros where no voxel is; layers of z become channels, each channel's together. ValueError if a voxel lies outside."
+    """Voxel features on a dense map seen from above, zeros where no voxel is.
+
+    Layers of z become channels, each channel's together. ValueError if a voxel lies outside."""
     check_coords(coords, grid)
-    (nx, ny, nz), b = grid, scenes if scenes is not None else int(coords[:, 0].max()) + 1 if len(coords) else 0
-    if len(coords) and b <= int(coords[:, 0].max()): raise ValueError(f'scenes must be at least {int(coords[:, 0].max()) + 1} for these coords, got {b}')
+    (nx, ny, nz) = grid
+    b = scenes if scenes is not None else int(coords[:, 0].max()) + 1 if len(coords) else 0
+    if len(coords) and b <= int(coords[:, 0].max()):
+        raise ValueError(f'scenes must be at least {int(coords[:, 0].max()) + 1} for these '
+                         f'coords, got {b}')
     at = ((coords[:, 0] * nz + coords[:, 1]) * ny + coords[:, 2]) * nx + coords[:, 3]
     dense = x.new_zeros(b * nz * ny * nx, x.shape[1]).index_copy(0, at.long(), x)
-    return dense.view(b, nz, ny, nx, x.shape[1]).permute(0, 4, 1, 2, 3).reshape(b, x.shape[1] * nz, ny, nx)
+    return dense.view(b, nz, ny, nx, x.shape[1]).permute(0, 4, 1, 2, 3).reshape(
+        b, x.shape[1] * nz, ny, nx)

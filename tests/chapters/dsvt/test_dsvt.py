@@ -379,15 +379,21 @@ def official_layout(model):
     back = {}
     for name, v in model.state_dict().items():
         parts = name.split('.')
-        if parts[0] == 'stages' and parts[3] == 'pos': name = f'input_layer.posembed_layers.{parts[1]}.{parts[2]}.{parts[4]}.position_embedding_head.' + '.'.join(parts[6:])
-        elif parts[0] == 'stages' and parts[3] == 'norm': name = f'residual_norm_stage_{parts[1]}.{parts[2]}.{parts[4]}'
+        if parts[0] == 'stages' and parts[3] == 'pos':
+            name = f'input_layer.posembed_layers.{parts[1]}.{parts[2]}.{parts[4]}.position_embedding_head.' + '.'.join(parts[6:])
+        elif parts[0] == 'stages' and parts[3] == 'norm':
+            name = f'residual_norm_stage_{parts[1]}.{parts[2]}.{parts[4]}'
         elif parts[0] == 'stages':
             inner = '.'.join(parts[5:]).replace('attn.qkv.', 'win_attn.self_attn.in_proj_').replace('attn.proj', 'win_attn.self_attn.out_proj').replace('mlp.fc', 'win_attn.linear')
-            name = f'stage_{parts[1]}.{parts[2]}.encoder_list.{parts[4]}.' + ('win_attn.' + inner if inner.startswith(('norm1', 'norm2')) else inner)
+            name = f'stage_{parts[1]}.{parts[2]}.encoder_list.{parts[4]}.' + (
+                'win_attn.' + inner if inner.startswith(('norm1', 'norm2')) else inner)
         else:
             if parts[2] == 'q': v = torch.cat([v, model.state_dict()[name.replace('.q.', '.kv.')]])
             if parts[2] == 'kv': continue
-            name = f'stage_{parts[1]}_reduction.' + {'pos': 'pos_embedding', 'q': f'self_attn.in_proj_{parts[-1]}', 'proj': f'self_attn.out_proj.{parts[-1]}', 'norm': f'norm.{parts[-1]}'}[parts[2]]
+            name = f'stage_{parts[1]}_reduction.' + {'pos': 'pos_embedding',
+                                                     'q': f'self_attn.in_proj_{parts[-1]}',
+                                                     'proj': f'self_attn.out_proj.{parts[-1]}',
+                                                     'norm': f'norm.{parts[-1]}'}[parts[2]]
         back[name] = v
     return back
 
@@ -398,8 +404,10 @@ def test_official_names_round_trip():
     back = official_layout(model)
     twin, (x, coords) = D.DSVT(**DEEP).from_official(back), scene(90, DEEP['grid'])
     assert_close(twin(x, coords)[0], model.eval()(x, coords)[0], atol=0, rtol=0)
-    D.DSVT(**DEEP).from_official({f'backbone_3d.{k}': v for k, v in back.items()} | {'dense_head.x': torch.zeros(1)})
-    with pytest.raises(ValueError, match='missing'): D.DSVT(**DEEP).from_official({k: v for k, v in back.items() if 'linear1' not in k})
+    D.DSVT(**DEEP).from_official({f'backbone_3d.{k}': v
+                                  for k, v in back.items()} | {'dense_head.x': torch.zeros(1)})
+    with pytest.raises(ValueError, match='missing'):
+        D.DSVT(**DEEP).from_official({k: v for k, v in back.items() if 'linear1' not in k})
 
 
 @pytest.mark.parametrize('more', [
@@ -414,7 +422,8 @@ def test_a_detector_is_made_from_its_weights(more):
                 up_dims=(8, 8), head_width=8)
     said = {k: more.get(k, v) for k, v in size.items()}
     model = noisy(D.DSVTDetector(**said | told | more)).eval()
-    state = {f'backbone_3d.{k}': v for k, v in official_layout(model.backbone).items()} | {'global_step': torch.zeros(1)}
+    state = {f'backbone_3d.{k}': v
+             for k, v in official_layout(model.backbone).items()} | {'global_step': torch.zeros(1)}
     for name, v in model.state_dict().items():
         for ours, theirs in (('vfe.layers.', 'vfe.pfn_layers.'), ('bev.', 'backbone_2d.'),
                              ('head.outputs.', 'dense_head.heads_list.0.'), ('head.', 'dense_head.')):
@@ -422,11 +431,13 @@ def test_a_detector_is_made_from_its_weights(more):
                 state[theirs + name.removeprefix(ours)] = v
                 break
     twin = D.DSVTDetector.from_official(state, num_heads=2, **said)
-    points = torch.cat([torch.zeros(90, 1), torch.rand(90, 3) * 20 - 10, torch.rand(90, twin.in_chans - 3)], 1)
+    points = torch.cat(
+        [torch.zeros(90, 1), torch.rand(90, 3) * 20 - 10, torch.rand(90, twin.in_chans - 3)], 1)
     points[:, 3] = points[:, 3].clamp(-1.9, 3.9)
     for name, want in model(points).items(): assert_close(twin(points)[name], want, atol=0, rtol=0)
     with pytest.raises(ValueError, match='num_heads'): D.DSVTDetector.from_official(state, **said)
-    with pytest.raises(ValueError, match='no DSVT'): D.DSVTDetector.from_official({'conv.weight': torch.zeros(1)})
+    with pytest.raises(ValueError, match='no DSVT'):
+        D.DSVTDetector.from_official({'conv.weight': torch.zeros(1)})
 
 
 @pytest.mark.parametrize('options, message', [
