@@ -24,8 +24,9 @@ class Level(NamedTuple):
 class Backbone(Official, nn.Module):
     """An image model: `forward_features`, then `forward_head`; `feature_maps` gives its maps at `levels`.
 
-    A subclass sets `in_chans`, `levels` and `num_features` and writes those three; with published weights also `official_names`, `official_arguments` (what the weights tell of the constructor's),
-    and `resized` where something depends on the picture's size."""
+    A subclass sets `in_chans`, `levels` and `num_features` and writes those three; with published
+    weights also `official_names`, `official_arguments` (what the weights tell of the
+    constructor's), and `resized` where something depends on the picture's size."""
     levels: tuple[Level, ...]  # of the maps, finest first
     num_features: int          # channels before the head
     in_chans: int
@@ -64,10 +65,14 @@ class Backbone(Official, nn.Module):
 
 # %% ../nbs/00_foundations/16_backbones.ipynb #5723350d
 class FeatureMaps(nn.Module):
-    """A backbone without its head: pictures to a list of maps, whose channels and strides are in `levels`. Checkpoints of the whole model load, their head is left out.
+    """A backbone without its head: pictures to a list of maps, whose channels and strides are in `levels`.
 
-    Parameters that no map depends on (a norm before the head, stages after the last map asked for) are frozen, so that each of the others gets a gradient, as `DistributedDataParallel` wants it.
-    They are found by a pass on the meta device, without memory or numbers; a model that cannot run there keeps all of them trainable."""
+    Checkpoints of the whole model load, their head is left out.
+
+    Parameters that no map depends on (a norm before the head, stages after the last map asked for)
+    are frozen, so that each of the others gets a gradient, as `DistributedDataParallel` wants it.
+    They are found by a pass on the meta device, without memory or numbers; a model that cannot run
+    there keeps all of them trainable."""
     def __init__(self,
                  model: nn.Module,                          # a Backbone, or another with `feature_maps`, `levels`, `in_chans`, `reset_classifier`
                  out_indices: Sequence[int] | None = None): # which of the model's levels, negative ones from the last; None: all

@@ -164,7 +164,9 @@ def machine(device: str = 'cpu') -> dict[str, Any]:
         found = re.search(r'^model name\s*:\s*(.+)$', Path('/proc/cpuinfo').read_text(), re.M)
         name = found[1].strip() if found else name
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30 if hasattr(os, 'sysconf') else None
-    facts = dict(processor=name, cores=os.cpu_count(), memory_gib=None if memory is None else round(memory), system=f'{platform.system()} {platform.machine()}',
+    facts = dict(processor=name, cores=os.cpu_count(),
+                 memory_gib=None if memory is None else round(memory),
+                 system=f'{platform.system()} {platform.machine()}',
                  python=platform.python_version(), torch=torch.__version__, threads=torch.get_num_threads())
     if torch.device(device).type == 'cuda':
         facts |= dict(
@@ -179,7 +181,9 @@ def run_bench(name: str,
               rounds: int = 5) -> dict[str, Any]:
     """All ways of a benchmark at all sizes, timed in turns: time (median and quartiles, seconds), peak memory (bytes), growth exponents, and times at the largest size as multiples of `plain` and of `naive`.
 
-    A way that runs out of a GPU's memory is left out from that size on and named under `out_of_memory`. ValueError if there is no such bench, a size is not positive or the device is neither CPU nor CUDA GPU."""
+    A way that runs out of a GPU's memory is left out from that size on and named under
+    `out_of_memory`. ValueError if there is no such bench, a size is not positive or the device is
+    neither CPU nor CUDA GPU."""
     if name not in _entries:
         raise ValueError(f'there is no bench named {name!r}: there are '
                          f'{", ".join(sorted(_entries))}')
@@ -195,7 +199,8 @@ def run_bench(name: str,
             passes[which] = _timed(
                 bench, {w: (lambda n, make=make: make(n)[which]) for w, make in ways.items()},
                 sizes, rounds, kind)
-    return dict(bench=name, what=bench.what, times=bench.path, naive=bench.naive, plain=bench.plain, device=kind, dtype=str(numbers(device)).removeprefix('torch.'),
+    return dict(bench=name, what=bench.what, times=bench.path, naive=bench.naive, plain=bench.plain,
+                device=kind, dtype=str(numbers(device)).removeprefix('torch.'),
                 machine=machine(device), sizes=list(sizes), **passes)
 
 def _timed(bench, ways, sizes, rounds, device):
@@ -227,10 +232,16 @@ def rows_of(result: dict[str, Any]) -> list[dict[str, str]]:
         number = lambda what, way: f'{part[what][way]:.2f}' if way in part[what] else ''
         for r in (r for r in part['rows'] if r['n'] == top):
             way = r['way']
-            rows.append({'pass': which, 'way': way, 'n': f'{top:,}', 'ms (quartiles)': f"{ms(r['median'])} ({ms(r['low'])}–{ms(r['high'])})",
-                         f"of {result['plain']}": number('of_plain', way), 'of naive': number('of_naive', way), 'peak MiB': '' if r['memory'] is None else f"{r['memory'] / 2**20:.3g}",
-                         'time ~ n^': number('time_exponents', way), 'memory ~ n^': number('memory_exponents', way)})
-        rows += [{'pass': which, 'way': way, 'n': f'{n:,}', 'ms (quartiles)': 'out of memory', f"of {result['plain']}": '', 'of naive': '', 'peak MiB': '', 'time ~ n^': number('time_exponents', way),
+            rows.append({'pass': which, 'way': way, 'n': f'{top:,}',
+                         'ms (quartiles)': f"{ms(r['median'])} ({ms(r['low'])}–{ms(r['high'])})",
+                         f"of {result['plain']}": number('of_plain', way),
+                         'of naive': number('of_naive', way),
+                         'peak MiB': '' if r['memory'] is None else f"{r['memory'] / 2**20:.3g}",
+                         'time ~ n^': number('time_exponents', way),
+                         'memory ~ n^': number('memory_exponents', way)})
+        rows += [{'pass': which, 'way': way, 'n': f'{n:,}', 'ms (quartiles)': 'out of memory',
+                  f"of {result['plain']}": '', 'of naive': '', 'peak MiB': '',
+                  'time ~ n^': number('time_exponents', way),
                   'memory ~ n^': number('memory_exponents', way)} for way, n in part['out_of_memory'].items()]
     return rows
 

@@ -65,7 +65,8 @@ class Chapter:
             m = re.search(pattern, text, re.M)
             return m[1].strip() if m else ''
         return dict(title=first(r'^# +(.+)$', text) or self.slug, blurb=first(r'^> +(.+)$', text),
-                    module=first(r'^#\|\s*default_exp +(\S+)', code), run_time=first(r'^\| *run time *\| *([^|]*)\|', text))
+                    module=first(r'^#\|\s*default_exp +(\S+)', code),
+                    run_time=first(r'^\| *run time *\| *([^|]*)\|', text))
 
 # %% ../nbs/00_foundations/14_running_the_book.ipynb #ae028f3a
 def find_chapters(root: Path) -> list[Chapter]:
@@ -185,8 +186,10 @@ def outputs_hash(nb: dict) -> str:
 
 # %% ../nbs/00_foundations/14_running_the_book.ipynb #9a76d423
 _REMOTE = re.compile(r'^\s*(https?:)?//', re.I)
-_LOADS = {'script': ('src',), 'link': ('href',), 'img': ('src', 'srcset'), 'iframe': ('src',), 'source': ('src', 'srcset'), 'video': ('src', 'poster'), 'audio': ('src',),
-          'embed': ('src',), 'object': ('data',), 'image': ('href', 'xlink:href'), 'use': ('href', 'xlink:href'), 'input': ('src',), 'track': ('src',)}
+_LOADS = {'script': ('src',), 'link': ('href',), 'img': ('src', 'srcset'), 'iframe': ('src',),
+          'source': ('src', 'srcset'), 'video': ('src', 'poster'), 'audio': ('src',),
+          'embed': ('src',), 'object': ('data',), 'image': ('href', 'xlink:href'),
+          'use': ('href', 'xlink:href'), 'input': ('src',), 'track': ('src',)}
 _IN_STYLE = re.compile(r'(?:url\(\s*["\']?|@import\s+["\'])((?:https?:)?//[^"\')\s]+)', re.I)
 _IN_SCRIPT = re.compile(r'(?:import\s*\(?|from|\.src\s*=|importScripts\(|fetch\()\s*["\']((?:https?:)?//[^"\']+)')
 
@@ -352,7 +355,8 @@ def _exporter():
             source = re.sub(r'^::: *$', '\n</div>', source, flags=re.M)
             source = re.sub(r'(?<![\w`\[/])@((fig|eq|tbl)-[\w-]+)',
                             lambda m: f'[{self.numbers.get(m[1], m[1])}](#{m[1]})', source)
-            renderer = Renderer(self.numbers, self.seen, escape=False, attachments=attachments or {}, embed_images=True,
+            renderer = Renderer(self.numbers, self.seen, escape=False,
+                                attachments=attachments or {}, embed_images=True,
                                 path=resources.get('metadata', {}).get('path', ''), exclude_anchor_links=True)
             out = MarkdownWithMath(renderer=renderer).render(source)
             return re.sub(r'(<a\b[^>]*\bhref=")([^"]+)(")',
@@ -686,7 +690,8 @@ def _own_tests(root, chapter):
 
 class Run:
     "One run of the book: what to run, with what, and where the pages go."
-    def __init__(self, root: Path, out: Path, *, jobs: int = 1, device: str = 'cpu', fresh: bool = False, inplace: bool = False,
+    def __init__(self, root: Path, out: Path, *, jobs: int = 1, device: str = 'cpu',
+                 fresh: bool = False, inplace: bool = False,
                  timeout: int | float = 900, slow: bool = False, tests: bool = True, display=None):
         self.slow, self.tests = slow, tests
         self.root, self.out, self.jobs = root, out, jobs
@@ -752,7 +757,9 @@ class Run:
             if not result.good: return self.fail(result)
             # the header gives the time of an ordinary run
             if not self.slow:
-                _stamp(nb, result.cpu_seconds if self.device == 'cpu' and result.cpu_seconds else result.seconds, result.peak_mb, self.device)
+                _stamp(nb,
+                       result.cpu_seconds if self.device == 'cpu' and result.cpu_seconds else result.seconds,
+                       result.peak_mb, self.device)
             try: page = await asyncio.to_thread(make_page, nb, chapter, *self.beside(chapter))
             except Exception as e:
                 return self.fail(Result(chapter, 'failed', result.seconds, result.peak_mb, f'{e}',

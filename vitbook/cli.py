@@ -56,7 +56,8 @@ def _run(a):
     results = run_book(a.names, root=a.root, out=a.out, jobs=a.jobs, device=a.device, fresh=a.fresh,
                        inplace=a.inplace, timeout=a.timeout, slow=a.slow, tests=not a.no_tests)
     print()
-    _show([{'chapter': r.chapter.label, 'status': r.status, 'seconds': None if r.seconds is None else f'{r.seconds:.1f}',
+    _show([{'chapter': r.chapter.label, 'status': r.status,
+            'seconds': None if r.seconds is None else f'{r.seconds:.1f}',
             'peak memory': f'{r.peak_mb:.0f} MB' if r.peak_mb else None, 'error': r.error} for r in results])
     out = Path(a.out).resolve() if a.out else find_root(a.root)/'_book'
     bad = sum(not r.good for r in results)
@@ -141,7 +142,8 @@ def _data_verify(a):
     _give(a, rows)
     bad = [r for r in rows if r['state'] == 'altered' or (a.name and r['state'] == 'missing')]
     for r in bad:
-        print(f'vitbook: {r["path"]} of {r["name"]} is {r["state"]}: run `vitbook data fetch {r["name"]}`', file=sys.stderr)
+        print(f'vitbook: {r["path"]} of {r["name"]} is {r["state"]}: run `vitbook data fetch {r["name"]}`',
+              file=sys.stderr)
     return 1 if bad else 0
 
 # %% ../nbs/00_foundations/15_command_line.ipynb #2474a82c
@@ -173,14 +175,17 @@ def _doctor(a):
             for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     facts = {'vitbook': installed('vitbook') or 'not installed, imported from a folder', 'checkout': checkout,
              'python': f'{platform.python_version()} on {platform.system()} {platform.machine()}',
-             'torch': torch.__version__, **{name: installed(name) or 'missing' for name in ('numpy', 'einops', 'jaxtyping', 'safetensors')},
+             'torch': torch.__version__, **{name: installed(name) or 'missing'
+                                            for name in ('numpy', 'einops', 'jaxtyping', 'safetensors')},
              'cores': os.cpu_count(), 'threads of torch': torch.get_num_threads(),
-             'cuda': ', '.join(cuda) or ('no device' if torch.version.cuda else 'this PyTorch is built without it'),
+             'cuda': ', '.join(cuda)
+             or ('no device' if torch.version.cuda else 'this PyTorch is built without it'),
              'mps': 'yes' if torch.backends.mps.is_available() else 'no'}
     lacking = extras()
     device = check_device('auto')
     def yes(x): return 'yes' if x else 'no'
-    paths = [{'backend': r['backend'], 'available': yes(r['available']), 'memory': r['memory'], 'weights': yes(r['weights']), 'entropy': yes(r['entropy']), 'why not': r['why']}
+    paths = [{'backend': r['backend'], 'available': yes(r['available']), 'memory': r['memory'],
+              'weights': yes(r['weights']), 'entropy': yes(r['entropy']), 'why not': r['why']}
              for r in backends(device)]
     asked = {'the output': {}, 'entropy': dict(entropy=True),
              'entropy, with a bias': dict(entropy=True, bias=True),
@@ -313,7 +318,8 @@ def main(argv: Sequence[str] | None = None  # the words after `vitbook`; None: t
         return status
     except BookError as e: print(f'vitbook: {e}', file=sys.stderr)
     except KeyboardInterrupt:
-        print('vitbook: stopped; what had finished is kept, and the same command goes on from there', file=sys.stderr)
+        print('vitbook: stopped; what had finished is kept, and the same command goes on from there',
+              file=sys.stderr)
         return 130
     except BrokenPipeError:                                       # `vitbook models | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -37,7 +37,9 @@ class DigitJudge(nn.Module):
                  width: int = 24,
                  num_features: int = 32):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.GELU(), nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.GELU(), nn.Flatten(),
+        self.body = nn.Sequential(nn.Conv2d(1, width, 3, padding=1), nn.GELU(),
+                                  nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.GELU(),
+                                  nn.Flatten(),
                                   nn.Linear(2 * width * 16, num_features), nn.GELU())
         self.head = nn.Linear(num_features, 10)
 
@@ -93,7 +95,9 @@ def judge_digits(samples: Float[Tensor, 'n 1 y x'],      # 0 … 1, of any size
                 ) -> Verdict:
     """Accuracy and Fréchet distance of generated digits; real ones go through the same sizes as the samples.
 
-    Blind to: memorised training digits (they score perfectly), whatever is lost at 8x8 pixels, and dropped shapes within a class as far as mean and covariance stay. Compare sets of equal n only."""
+    Blind to: memorised training digits (they score perfectly), whatever is lost at 8x8 pixels, and
+    dropped shapes within a class as far as mean and covariance stay. Compare sets of equal n
+    only."""
     if len(samples) != len(labels):
         raise ValueError(f'labels must name a digit for each of {len(samples)} samples, got '
                          f'{len(labels)}')

@@ -30,7 +30,8 @@ def eval_mode(model: Any,   # a module; anything else goes through as it is
              ) -> Iterator[Any]:
     """`with eval_mode(model): …` in eval mode; afterwards, also after an error, as it was.
 
-    Each module gets back the mode that it had itself: a frozen batch norm inside a model that trains stays frozen."""
+    Each module gets back the mode that it had itself: a frozen batch norm inside a model that
+    trains stays frozen."""
     modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
     try:
         if modes: model.eval()

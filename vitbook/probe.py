@@ -19,8 +19,9 @@ from .layers.attention import attention, attention_scores, masked_softmax
 class recording(TorchFunctionMode):
     """Watch every softmax attention of a model, without changing what it computes: `with recording(model) as rec: model(x)`.
 
-    Sees vitbook's `attention`, torch's scaled_dot_product_attention and nn.MultiheadAttention, and 4-d softmaxes over the last axis (Hugging Face's eager attention).
-    A model compiled by torch.compile is not seen: record the model it was made from."""
+    Sees vitbook's `attention`, torch's scaled_dot_product_attention and nn.MultiheadAttention, and
+    4-d softmaxes over the last axis (Hugging Face's eager attention). A model compiled by
+    torch.compile is not seen: record the model it was made from."""
     def __init__(self,
                  model: nn.Module | None = None, # to name the layers; None: unnamed
                  *,
@@ -34,7 +35,8 @@ class recording(TorchFunctionMode):
         self._stack, self._hooks = [], []
         for name, m in self.model.named_modules() if self.model is not None else ():
             self._hooks += [m.register_forward_pre_hook(lambda m, x, name=name: self._stack.append(name)),
-                            m.register_forward_hook(lambda m, x, y: (self._stack.pop(), None)[1], always_call=True)]
+                            m.register_forward_hook(lambda m, x, y: (self._stack.pop(), None)[1],
+                                                    always_call=True)]
         return super().__enter__()
 
     def __exit__(self, *error):

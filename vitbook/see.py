@@ -22,11 +22,16 @@ from .probe import recording  # noqa: F401, an old name
 # told apart with every kind of colour vision
 COLORS = ['#3b6fb6', '#d9822b', '#2e8b6f', '#b8455f', '#7a5fa8', '#8a7a4d', '#4aa3c0', '#6b6f76']
 CMAP, DIVERGING = 'viridis', 'RdBu_r'
-STYLE = {'figure.dpi': 100, 'savefig.dpi': 100, 'figure.constrained_layout.use': True, 'figure.facecolor': 'white',
-         'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left', 'axes.labelsize': 9,
-         'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#8a8f98', 'axes.linewidth': .8, 'axes.grid': True,
-         'grid.color': '#e6e8eb', 'grid.linewidth': .7, 'axes.axisbelow': True, 'xtick.color': '#50555c', 'ytick.color': '#50555c',
-         'lines.linewidth': 1.8, 'legend.frameon': False, 'legend.fontsize': 8.5, 'image.cmap': CMAP, 'image.interpolation': 'nearest'}
+STYLE = {'figure.dpi': 100, 'savefig.dpi': 100, 'figure.constrained_layout.use': True,
+         'figure.facecolor': 'white',
+         'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold',
+         'axes.titlelocation': 'left', 'axes.labelsize': 9,
+         'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': '#8a8f98',
+         'axes.linewidth': .8, 'axes.grid': True,
+         'grid.color': '#e6e8eb', 'grid.linewidth': .7, 'axes.axisbelow': True,
+         'xtick.color': '#50555c', 'ytick.color': '#50555c',
+         'lines.linewidth': 1.8, 'legend.frameon': False, 'legend.fontsize': 8.5,
+         'image.cmap': CMAP, 'image.interpolation': 'nearest'}
 
 def _plt():
     try: import matplotlib.pyplot as plt
@@ -111,7 +116,8 @@ def heat(ax: Any,
 def strip(images: Any,                       # pictures, each as `picture` takes it
           titles: Sequence[str] | None = None,
           *,
-          title: str = '', rows: int = 1, size: float = 1.4, cmap: str = 'gray', vmin: float | None = None, vmax: float | None = None):
+          title: str = '', rows: int = 1, size: float = 1.4, cmap: str = 'gray',
+          vmin: float | None = None, vmax: float | None = None):
     "Pictures side by side."
     images = list(images)
     cols = math.ceil(len(images) / rows)
@@ -151,7 +157,8 @@ def on_picture(ax: Any,
     return drawn
 
 # %% ../nbs/00_foundations/12_seeing.ipynb #680f6a42
-def heads(values: Float[Tensor, 'layer head'], *, title: str = '', xlabel: str = 'head', ylabel: str = 'layer', unit: str = '',
+def heads(values: Float[Tensor, 'layer head'], *, title: str = '', xlabel: str = 'head',
+          ylabel: str = 'layer', unit: str = '',
           vmin: float | None = None, vmax: float | None = None):
     "A number for each layer and head, as a small matrix with the numbers written in."
     v = _np(values)
@@ -326,7 +333,8 @@ def slim(nb: dict) -> dict:   # a notebook as json or nbformat give it
     return nb
 
 # %% ../nbs/00_foundations/12_seeing.ipynb #349f394d
-_icons = {'fa-minus': '−', 'fa-fast-backward': '|◂', 'fa-step-backward': '◂', 'fa-play fa-flip-horizontal': '◀', 'fa-pause': '❚❚',
+_icons = {'fa-minus': '−', 'fa-fast-backward': '|◂', 'fa-step-backward': '◂',
+          'fa-play fa-flip-horizontal': '◀', 'fa-pause': '❚❚',
           'fa-play': '▶', 'fa-step-forward': '▸', 'fa-fast-forward': '▸|', 'fa-plus': '+'}
 
 _BUTTONS = 382        # pixels that the row of nine needs

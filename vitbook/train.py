@@ -30,9 +30,12 @@ def seed_everything(seed: int):
 
 # %% ../nbs/00_foundations/11_training.ipynb #b3bbf727
 class batches:
-    """Endless shuffled batches of tensors that share their first axis. Step i's batch depends on (seed, i) alone, so a resumed run sees what it would have seen.
+    """Endless shuffled batches of tensors that share their first axis.
 
-    A last batch that would be smaller is left out. ValueError if lengths differ or there are fewer samples than one batch needs."""
+    Step i's batch depends on (seed, i) alone, so a resumed run sees what it would have seen.
+
+    A last batch that would be smaller is left out. ValueError if lengths differ or there are fewer
+    samples than one batch needs."""
     def __init__(self,
                  *tensors: Tensor | np.ndarray,
                  batch_size: int,     # of one process
@@ -276,8 +279,8 @@ class Moment:
 def cross_entropy(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     """The loss of a classifier on (inputs, labels); the last axis of the output counts the classes.
 
-    Labels are whole numbers, -100 for places that do not count, or floats in the shape of the output: a share for
-    each class. ValueError for anything else."""
+    Labels are whole numbers, -100 for places that do not count, or floats in the shape of the
+    output: a share for each class. ValueError for anything else."""
     several = isinstance(batch, (tuple, list))
     if not several or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
         names = batch if isinstance(batch, Mapping) else [type(t).__name__ for t in batch] if several else []
@@ -321,8 +324,9 @@ def _untrainable(model: nn.Module) -> str:
 def decay_groups(model: nn.Module, weight_decay: float = .05) -> list[dict[str, Any]]:
     """Two groups for an optimizer: matrices and kernels with `weight_decay`, and the rest without.
 
-    The rest: vectors, biases, norms of any shape, and what `model.no_weight_decay()` names. ValueError if nothing
-    is to be trained. Source: arXiv:1711.05101 for decay apart from the gradient; which parameters, as in timm."""
+    The rest: vectors, biases, norms of any shape, and what `model.no_weight_decay()` names.
+    ValueError if nothing is to be trained. Source: arXiv:1711.05101 for decay apart from the
+    gradient; which parameters, as in timm."""
     norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
     found = [m for m in model.modules()
              if isinstance(m, norms) or type(m).__name__.endswith('RMSNorm')]
@@ -357,8 +361,8 @@ def _resume(path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Op
             steps: int) -> dict:
     """Weights and optimizer of a checkpoint, and the rest of it.
 
-    What the caller set differently this time (a learning rate, a weight decay) holds; everything else goes on as it
-    was. Nothing is changed if the checkpoint is refused."""
+    What the caller set differently this time (a learning rate, a weight decay) holds; everything
+    else goes on as it was. Nothing is changed if the checkpoint is refused."""
     saved = read_checkpoint(path)
     if not {'optimizer', 'optimizer_kind', 'members', 'options', 'step', 'history', 'rng'} <= saved.keys():
         raise CheckpointError(f'{path} holds no run of fit, only {", ".join(sorted(saved))}')
@@ -452,16 +456,18 @@ def fit(model: nn.Module,
         progress: bool = True) -> History:
     """Train `model` in place, on one device or many (under `accelerate launch` or torchrun; `batch_size` is per process).
 
-    A run that was killed and is started again with the same arguments ends with the same weights, bit for bit on one
-    CPU process, as one that never was; where an iterable's order does not come again, that is a CheckpointError.
-    Of optimizer, rates and schedule, what is given differently the second time holds.
+    A run that was killed and is started again with the same arguments ends with the same weights,
+    bit for bit on one CPU process, as one that never was; where an iterable's order does not come
+    again, that is a CheckpointError. Of optimizer, rates and schedule, what is given differently
+    the second time holds.
 
-    A model in training mode keeps the modules that were put into eval mode, such as frozen norms, as they are; one
-    in eval mode is put into training mode whole.
+    A model in training mode keeps the modules that were put into eval mode, such as frozen norms,
+    as they are; one in eval mode is put into training mode whole.
 
-    NonFiniteLoss stops before a broken update. CheckpointError if the checkpoint is damaged, of another model or
-    optimizer, or further than `steps`; OSError if it cannot be written. ValueError if the batches end early, if
-    nothing is to be trained, or if `evaluate` takes a name of the history's own."""
+    NonFiniteLoss stops before a broken update. CheckpointError if the checkpoint is damaged, of
+    another model or optimizer, or further than `steps`; OSError if it cannot be written. ValueError
+    if the batches end early, if nothing is to be trained, or if `evaluate` takes a name of the
+    history's own."""
     try:
         from accelerate import Accelerator
         from accelerate.utils import send_to_device
@@ -497,7 +503,8 @@ def fit(model: nn.Module,
     def save(step):
         if checkpoint is None or not acc.is_main_process: return
         rng = _rng()                # first of all: nothing that saving does may move it
-        state = dict(optimizer=optimizer.state_dict(), optimizer_kind=type(optimizer).__name__, options=options,
+        state = dict(optimizer=optimizer.state_dict(), optimizer_kind=type(optimizer).__name__,
+                     options=options,
                      members=_members(optimizer, model), data=stream and stream.place())
         save_checkpoint(checkpoint, acc.unwrap_model(wrapped), **state, step=step,
                         history=history.rows, rng=rng)

@@ -153,8 +153,10 @@ class VisionTransformer(_PublishedViT):
         self.pos_embed = nn.Parameter(torch.zeros(1, placed, embed_dim))
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.blocks = nn.Sequential(*(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=qkv_bias, qk_norm=qk_norm, init_values=init_values, proj_drop=proj_drop_rate,
-                  attn_drop=attn_drop_rate, drop_path=rate, norm_layer=norm) for rate in drop_path_rates(drop_path_rate, depth)))
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=qkv_bias, qk_norm=qk_norm,
+                  init_values=init_values, proj_drop=proj_drop_rate,
+                  attn_drop=attn_drop_rate, drop_path=rate,
+                  norm_layer=norm) for rate in drop_path_rates(drop_path_rate, depth)))
         self.norm = norm(embed_dim) if global_pool == 'token' else nn.Identity()
         self.fc_norm = norm(embed_dim) if global_pool == 'avg' else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
@@ -274,13 +276,18 @@ def deit_base_distilled_patch16_224(distilled: bool = True, **arguments) -> Visi
 
 # %% ../nbs/00_foundations/09_vit.ipynb #b7d560b9
 _hf_names = [  # Hugging Face's name -> ours; names of version 5 behind those of the checkpoints on its hub
-    (r'^(vit|deit)\.', ''), (r'^embeddings\.cls_token$', 'cls_token'), (r'^embeddings\.distillation_token$', 'dist_token'),
-    (r'^embeddings\.position_embeddings$', 'pos_embed'), (r'^embeddings\.patch_embeddings\.projection\.', 'patch_embed.proj.'),
-    (r'^(?:encoder\.layer|layers|encoder\.layers)\.(\d+)\.', r'blocks.\1.'), (r'\.layernorm_before\.', '.norm1.'), (r'\.layernorm_after\.', '.norm2.'),
-    (r'\.attention\.attention\.(query|key|value)\.', r'.attn.\1.'), (r'\.attention\.output\.dense\.', '.attn.proj.'),
+    (r'^(vit|deit)\.', ''), (r'^embeddings\.cls_token$', 'cls_token'),
+    (r'^embeddings\.distillation_token$', 'dist_token'),
+    (r'^embeddings\.position_embeddings$', 'pos_embed'),
+    (r'^embeddings\.patch_embeddings\.projection\.', 'patch_embed.proj.'),
+    (r'^(?:encoder\.layer|layers|encoder\.layers)\.(\d+)\.', r'blocks.\1.'),
+    (r'\.layernorm_before\.', '.norm1.'), (r'\.layernorm_after\.', '.norm2.'),
+    (r'\.attention\.attention\.(query|key|value)\.', r'.attn.\1.'),
+    (r'\.attention\.output\.dense\.', '.attn.proj.'),
     (r'\.attention\.(q|k|v)_proj\.', r'.attn.\1.'), (r'\.attention\.o_proj\.', '.attn.proj.'),
     (r'\.intermediate\.dense\.', '.mlp.fc1.'), (r'\.output\.dense\.', '.mlp.fc2.'),
-    (r'^layernorm\.', 'norm.'), (r'^(?:cls_)?classifier\.', 'head.'), (r'^distillation_classifier\.', 'head_dist.')]
+    (r'^layernorm\.', 'norm.'), (r'^(?:cls_)?classifier\.', 'head.'),
+    (r'^distillation_classifier\.', 'head_dist.')]
 
 def from_huggingface(state_dict: Mapping[str, Tensor], # of ViTModel, ViTForImageClassification, DeiT… (transformers)
                     ) -> dict[str, Tensor]:

@@ -124,8 +124,10 @@ def square(image: Float[Tensor, 'c y x'], # 0 … 1
     return _resize(image[None, :, y:y + short, x:x + short], size)[0]
 
 # %% ../../nbs/00_foundations/10_data.ipynb #3aa5543f
-_PHOTOGRAPHS = {'astronaut': 'astronaut.png', 'chelsea': 'chelsea.png', 'coffee': 'coffee.png', 'rocket': 'rocket.jpg',
-                'hubble': 'hubble_deep_field.jpg', 'tissue': 'ihc.png', 'retina': 'retina.jpg', 'motorcycle': 'motorcycle_left.png'}
+_PHOTOGRAPHS = {'astronaut': 'astronaut.png', 'chelsea': 'chelsea.png', 'coffee': 'coffee.png',
+                'rocket': 'rocket.jpg',
+                'hubble': 'hubble_deep_field.jpg', 'tissue': 'ihc.png', 'retina': 'retina.jpg',
+                'motorcycle': 'motorcycle_left.png'}
 
 def pictures(size: int | None = None,  # None: as they are; a number: square crop from the middle, resized with antialiasing
              ) -> dict[str, Float[Tensor, '3 y x']]:
@@ -358,7 +360,8 @@ def shapes(n: int,
             placed += 1
             if placed == wanted: break
     images = np.clip(images + noise * rng.randn(*images.shape), 0, 1)
-    return Scenes(torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous(), torch.from_numpy(boxes).float(), torch.from_numpy(labels).long(),
+    return Scenes(torch.from_numpy(images).permute(0, 3, 1, 2).float().contiguous(),
+                  torch.from_numpy(boxes).float(), torch.from_numpy(labels).long(),
                   torch.from_numpy(masks), _SHAPES)
 
 # %% ../../nbs/00_foundations/10_data.ipynb #899774fa
@@ -623,7 +626,8 @@ def download(url: str, target: Path,
              ) -> None:
     """Puts the file behind `url` at `target` if, and only if, size and sha256 are right; goes on from what an earlier call left as `.part`.
 
-    Errors: ConnectionError (no network, refused, cut off), ValueError (another content than was asked for), OSError (cannot write, disk full)."""
+    Errors: ConnectionError (no network, refused, cut off), ValueError (another content than was
+    asked for), OSError (cannot write, disk full)."""
     part = target.with_name(target.name + '.part')
     try:
         while True:
@@ -673,7 +677,8 @@ def listing() -> list[dict]:
     for name, s in manifest()['sets'].items():
         here = [locate(name, f['path']) is not None for f in s['files']]
         rows.append(dict(name=name, state='here' if all(here) else 'partly here' if any(here) else 'missing',
-                         megabytes=round(sum(f.get('served', f)['size'] for f in s['files']) / 1e6, 1), licence=s['licence'], description=s['description']))
+                         megabytes=round(sum(f.get('served', f)['size'] for f in s['files']) / 1e6, 1),
+                         licence=s['licence'], description=s['description']))
     return rows
 
 # %% ../../nbs/00_foundations/10_data.ipynb #fcc50f3a

@@ -361,7 +361,9 @@ def restore(model: Callable[[Tensor], Tensor],    # pictures in, pictures of the
             *, multiple: int = 8,                 # sides that the model takes
             batch_size: int = 1,                  # pictures at once: a photograph needs a lot of memory
            ) -> Float[Tensor, 'b c y x']:
-    """Whole pictures through a network: padded, in eval mode, cut back, clipped to 0 … 1. Every module's mode is as before afterwards.
+    """Whole pictures through a network: padded, in eval mode, cut back, clipped to 0 … 1.
+
+    Every module's mode is as before afterwards.
 
     ValueError for pictures of another range."""
     check_range(beyond=1, images=images)

@@ -75,7 +75,8 @@ def read_csv(path: str | Path,
              ) -> TimeSeries:
     """A table with a header and a column of times.
 
-    ValueError names the line that is no row of it: too short or too long, not a finite number, no date (a row's number, seconds since 1970), or not later than the one before."""
+    ValueError names the line that is no row of it: too short or too long, not a finite number, no
+    date (a row's number, seconds since 1970), or not later than the one before."""
     try: text = Path(path).read_bytes().decode(encoding)
     except UnicodeDecodeError as e:
         line = e.object[:e.start].count(b'\n') + 1
@@ -189,7 +190,10 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Windows:
-    """Every window of a table, one at each row. An int, a slice or a tensor of indices gives a `Window`; `x`, `y`, `x_mark`, `y_mark` are all of them as views of the table (never write into them).
+    """Every window of a table, one at each row.
+
+    An int, a slice or a tensor of indices gives a `Window`; `x`, `y`, `x_mark`, `y_mark` are all of
+    them as views of the table (never write into them).
 
     ValueError if the table is shorter than one window."""
     values: Float[Tensor, 't n']
@@ -291,13 +295,18 @@ def _fields(times: Int[Tensor, 't']) -> dict[str, np.ndarray]:
     second = count(seconds, days.astype('datetime64[s]'))
     weekday = (days.astype(np.int64) + 3) % 7  # 1970-01-01 was a Thursday; Monday is 0
     thursday = days + (3 - weekday)  # the year of its Thursday owns a week (ISO 8601)
-    return dict(second=second % 60, minute=second // 60 % 60, hour=second // 3600, weekday=weekday, day=count(days, months.astype('datetime64[D]')),
-                dayofyear=count(days, years.astype('datetime64[D]')), month=count(months, years.astype('datetime64[M]')),
+    return dict(second=second % 60, minute=second // 60 % 60, hour=second // 3600, weekday=weekday,
+                day=count(days, months.astype('datetime64[D]')),
+                dayofyear=count(days, years.astype('datetime64[D]')),
+                month=count(months, years.astype('datetime64[M]')),
                 week=count(thursday, thursday.astype('datetime64[Y]').astype('datetime64[D]')) // 7)
 
 _SPAN = dict(second=59, minute=59, hour=23, weekday=6, day=30, dayofyear=365, month=11, week=52)
-_FREQ = dict(s=('second', 'minute', 'hour', 'weekday', 'day', 'dayofyear'), t=('minute', 'hour', 'weekday', 'day', 'dayofyear'), h=('hour', 'weekday', 'day', 'dayofyear'),
-             d=('weekday', 'day', 'dayofyear'), b=('weekday', 'day', 'dayofyear'), w=('day', 'week'), m=('month',))
+_FREQ = dict(s=('second', 'minute', 'hour', 'weekday', 'day', 'dayofyear'),
+             t=('minute', 'hour', 'weekday', 'day', 'dayofyear'),
+             h=('hour', 'weekday', 'day', 'dayofyear'),
+             d=('weekday', 'day', 'dayofyear'), b=('weekday', 'day', 'dayofyear'),
+             w=('day', 'week'), m=('month',))
 
 def calendar(times: Int[Tensor, 't'],  # seconds since 1970-01-01 00:00
              freq: str = 'h',          # step of the table: s, t (minutes), h, d, b (business days), w or m

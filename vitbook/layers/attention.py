@@ -113,12 +113,20 @@ def _flex(q, k, v, bias, mask, causal, scale):
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #872b68f4
 BACKENDS = {
-    'naive':     dict(memory='O(n²)', bias=True, mask=True, causal=True, dropout=True,  weights=True,  entropy=True,  made_of='torch, as in the equation'),
-    'sdpa':      dict(memory='O(n) where a fused kernel fits', bias=True, mask=True, causal=True, dropout=True,  weights=False, entropy=True,  made_of="torch's fused kernels; the entropy by a pass of its own"),
-    'flex':      dict(memory='O(n)',  bias=True, mask=True, causal=True, dropout=False, weights=False, entropy=False, made_of='FlexAttention, compiled at first use'),
-    'blockwise': dict(memory='O(n)',  bias=True, mask=True, causal=True, dropout=False, weights=False, entropy=True,  made_of='torch, a block of keys at a time'),
-    'twice':     dict(memory='O(n)',  bias=False, mask=True, causal=True, dropout=False, weights=False, entropy=True, made_of="torch's fused kernel for CPUs, called twice"),
-    'triton':    dict(memory='O(n)',  bias=True, mask=True, causal=True, dropout=False, weights=False, entropy=True,  made_of='one kernel for GPUs, in Triton'),
+    'naive':     dict(memory='O(n²)', bias=True, mask=True, causal=True, dropout=True,
+                      weights=True,  entropy=True,  made_of='torch, as in the equation'),
+    'sdpa':      dict(memory='O(n) where a fused kernel fits', bias=True, mask=True, causal=True,
+                      dropout=True,  weights=False, entropy=True,
+                      made_of="torch's fused kernels; the entropy by a pass of its own"),
+    'flex':      dict(memory='O(n)',  bias=True, mask=True, causal=True, dropout=False,
+                      weights=False, entropy=False, made_of='FlexAttention, compiled at first use'),
+    'blockwise': dict(memory='O(n)',  bias=True, mask=True, causal=True, dropout=False,
+                      weights=False, entropy=True,  made_of='torch, a block of keys at a time'),
+    'twice':     dict(memory='O(n)',  bias=False, mask=True, causal=True, dropout=False,
+                      weights=False, entropy=True,
+                      made_of="torch's fused kernel for CPUs, called twice"),
+    'triton':    dict(memory='O(n)',  bias=True, mask=True, causal=True, dropout=False,
+                      weights=False, entropy=True,  made_of='one kernel for GPUs, in Triton'),
 }
 _DEMANDS = ('bias', 'mask', 'causal', 'dropout', 'weights', 'entropy', 'grad', 'head_dim_differs',
             'uneven', 'width', 'dtype')
@@ -192,32 +200,42 @@ class Attended(NamedTuple):
     entropy: Float[Tensor, 'b h n'] | None
 
 def _wanted(q, k, v, bias, mask, causal, dropout_p, return_weights, return_entropy):
-    return dict(bias=bias is not None, mask=mask is not None, causal=causal, dropout=dropout_p > 0, weights=return_weights, entropy=return_entropy,
-                head_dim_differs=v.shape[-1] != k.shape[-1], uneven=causal and q.shape[2] != k.shape[2], width=max(k.shape[-1], v.shape[-1]), dtype=q.dtype,
-                grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias)))
+    return dict(bias=bias is not None, mask=mask is not None, causal=causal, dropout=dropout_p > 0,
+                weights=return_weights, entropy=return_entropy,
+                head_dim_differs=v.shape[-1] != k.shape[-1],
+                uneven=causal and q.shape[2] != k.shape[2], width=max(k.shape[-1], v.shape[-1]),
+                dtype=q.dtype,
+                grad=torch.is_grad_enabled()
+                and any(x is not None and x.requires_grad for x in (q, k, v, bias)))
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #6662bcad
 # For editors and type checkers: a tensor, or `Attended` where weights or entropy are asked for.
 @overload
 def attention(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g m d'], v: Float[Tensor, 'b g m e'], *,
-              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None, causal: bool = False,
+              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None,
+              causal: bool = False,
               scale: float | None = None, dropout_p: float = 0., backend: str = 'auto',
-              return_weights: Literal[False] = False, return_entropy: Literal[False] = False) -> Float[Tensor, 'b h n e']: ...
+              return_weights: Literal[False] = False,
+              return_entropy: Literal[False] = False) -> Float[Tensor, 'b h n e']: ...
 @overload
 def attention(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g m d'], v: Float[Tensor, 'b g m e'], *,
-              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None, causal: bool = False,
+              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None,
+              causal: bool = False,
               scale: float | None = None, dropout_p: float = 0., backend: str = 'auto',
               return_weights: Literal[True], return_entropy: bool = False) -> Attended: ...
 @overload
 def attention(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g m d'], v: Float[Tensor, 'b g m e'], *,
-              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None, causal: bool = False,
+              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None,
+              causal: bool = False,
               scale: float | None = None, dropout_p: float = 0., backend: str = 'auto',
               return_weights: bool = False, return_entropy: Literal[True]) -> Attended: ...
 @overload
 def attention(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g m d'], v: Float[Tensor, 'b g m e'], *,
-              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None, causal: bool = False,
+              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None,
+              causal: bool = False,
               scale: float | None = None, dropout_p: float = 0., backend: str = 'auto',
-              return_weights: bool = False, return_entropy: bool = False) -> Float[Tensor, 'b h n e'] | Attended: ...
+              return_weights: bool = False, return_entropy: bool = False) -> Float[Tensor,
+              'b h n e'] | Attended: ...
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #53c70040
 def attention(q: Float[Tensor, 'b h n d'],
@@ -235,12 +253,16 @@ def attention(q: Float[Tensor, 'b h n d'],
              ) -> Float[Tensor, 'b h n e'] | Attended:        # Attended if weights or entropy were asked for
     """Softmax attention by whichever way fits; a query that may look at nothing gives zeros.
 
-    ValueError if shapes do not fit, if a mask of two or three axes fits in two ways (batch x keys and queries x keys; batch and heads), or if `backend` cannot do what is asked (nothing is swapped behind your back). Under autocast q, k and v are lowered as torch's own attention lowers them.
-    Source: arXiv:1706.03762, eq. 1."""
+    ValueError if shapes do not fit, if a mask of two or three axes fits in two ways (batch x keys
+    and queries x keys; batch and heads), or if `backend` cannot do what is asked (nothing is
+    swapped behind your back). Under autocast q, k and v are lowered as torch's own attention lowers
+    them. Source: arXiv:1706.03762, eq. 1."""
     # so that a probe (probe.recording) can watch every call of any model
     if has_torch_function((q, k, v)):
-        return handle_torch_function(attention, (q, k, v), q, k, v, bias=bias, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p,
-                                     backend=backend, return_weights=return_weights, return_entropy=return_entropy)
+        return handle_torch_function(attention, (q, k, v), q, k, v, bias=bias, mask=mask,
+                                     causal=causal, scale=scale, dropout_p=dropout_p,
+                                     backend=backend, return_weights=return_weights,
+                                     return_entropy=return_entropy)
     q, k, v = kernels.lowered(q, k, v)
     kernels.check_qkv(q, k, v, bias, mask)
     bias = kernels.within(bias, q.dtype)
@@ -269,7 +291,8 @@ def attention(q: Float[Tensor, 'b h n d'],
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #9f406362
 def explain(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g m d'], v: Float[Tensor, 'b g m e'], *,
-            bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None, causal: bool = False, dropout_p: float = 0.,
+            bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None,
+            causal: bool = False, dropout_p: float = 0.,
             return_weights: bool = False, return_entropy: bool = False) -> str:
     "Which backend `attention` takes for these arguments, why, and why not the others."
     q, k, v = kernels.lowered(q, k, v)

@@ -30,9 +30,12 @@ def hooked_everywhere() -> bool:
 def is_plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether calling a layer does what its class, exactly one of `kinds`, says and nothing else: only then may a faster way use its weights, or overwrite its output, without anybody noticing.
 
-    An adapter, a quantised or a parametrised layer is of another class. Hooks count, of the layer and of all modules; so do a `forward` of the object's own and weights that are no ordinary tensors."""
+    An adapter, a quantised or a parametrised layer is of another class. Hooks count, of the layer
+    and of all modules; so do a `forward` of the object's own and weights that are no ordinary
+    tensors."""
     hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
-    return (type(layer) in kinds and 'forward' not in layer.__dict__ and not any(hooks) and not hooked_everywhere()
+    return (type(layer) in kinds and 'forward' not in layer.__dict__ and not any(hooks)
+            and not hooked_everywhere()
             and all(p is None or type(p) in (Tensor, nn.Parameter) for p in layer._parameters.values()))
 
 # %% ../../nbs/00_foundations/05_blocks.ipynb #65e5ee09

@@ -152,7 +152,8 @@ class PointLayer(nn.Module):
 class DynamicVFE(nn.Module):
     """Points to voxel features: each point with its offsets to the mean and to the centre of its voxel, through small layers, then the maximum over the voxel.
 
-    Every point counts, however many a voxel has. ValueError if sizes do not fit. Source: arXiv:2301.06051, sec. 4 (after arXiv:1910.06528)."""
+    Every point counts, however many a voxel has. ValueError if sizes do not fit. Source:
+    arXiv:2301.06051, sec. 4 (after arXiv:1910.06528)."""
     def __init__(self,
                  voxel_size: Sequence[float],       # x, y, z
                  point_range: Sequence[float],      # lowest x, y, z, then the upper ends
