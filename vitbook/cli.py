@@ -306,8 +306,8 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 # %% ../nbs/00_foundations/15_command_line.ipynb #66ba389f
-def main(argv: Sequence[str] | None = None  # the words after `vitbook`; None: the process's own
-        ) -> int:                           # 0 good, 1 a chapter failed or a file is altered, 2 a mistake in the call, 130 stopped
+def main(argv: Sequence[str] | None = None # the words after `vitbook`; None: the process's own
+        ) -> int: # 0 good, 1 a chapter failed or a file is altered, 2 a mistake in the call, 130 stopped
     "The command `vitbook`. A mistake of the user gives one sentence on stderr and no traceback."
     p = parser()
     try:

@@ -319,16 +319,16 @@ def noise_rate(t: Float[Tensor, 'b'],
 # %% ../nbs/00_foundations/19_flow.ipynb #62af865e
 @torch.no_grad()
 def sample_sde(model: Callable[[Tensor, Tensor], Tensor], # (x, t) -> prediction
-               x: Float[Tensor, 'b *rest'],               # noise
+               x: Float[Tensor, 'b *rest'],           # noise
                *,
-               steps: int = 249,                          # with noise; one without follows unless last is None
-               method: str = 'euler',                     # 'euler' or 'heun'
-               form: str = 'sigma', norm: float = 1.,     # of the noise, see `noise_rate`
+               steps: int = 249,                      # with noise; one without follows unless last is None
+               method: str = 'euler',                 # 'euler' or 'heun'
+               form: str = 'sigma', norm: float = 1., # of the noise, see `noise_rate`
                path: str | Path = 'linear',
                prediction: str = 'velocity',
-               last: str | None = 'mean',                 # the last step: 'mean' the SDE's drift, 'euler' the ODE's, 'tweedie' straight to the mean picture, None: none
+               last: str | None = 'mean',             # the last step: 'mean' the SDE's drift, 'euler' the ODE's, 'tweedie' straight to the mean picture, None: none
                last_size: float = .04,
-               eps: float | None = None,                  # see `interval`
+               eps: float | None = None,              # see `interval`
                generator: torch.Generator | None = None,
               ) -> Float[Tensor, 'b *rest']:
     "Follow the field with noise. Source: arXiv:2401.08740, eq. 6."

@@ -68,7 +68,7 @@ if os.environ.get('VITBOOK_TRACE'): watch(os.environ['VITBOOK_TRACE'].split(os.p
 '''
 
 # %% ../nbs/00_foundations/23_lock.ipynb #e1005d7d
-def trace_environment(folder: str | os.PathLike,                  # an empty folder that lives as long as the processes
+def trace_environment(folder: str | os.PathLike, # an empty folder that lives as long as the processes
                       environment: Mapping[str, str] = os.environ,
                      ) -> dict[str, str]:
     "The environment in which Python processes note what they open, in `folder/trace`, each and all they start."

@@ -17,7 +17,9 @@ from .layers.attention import attention, attention_scores, masked_softmax
 
 # %% ../nbs/00_foundations/26_probes.ipynb #d7c89e2e
 class recording(TorchFunctionMode):
-    """Watch every softmax attention of a model, without changing what it computes: `with recording(model) as rec: model(x)`.
+    """Watch every softmax attention of a model: `with recording(model) as rec: model(x)`.
+
+    What the model computes does not change.
 
     Sees vitbook's `attention`, torch's scaled_dot_product_attention and nn.MultiheadAttention, and
     4-d softmaxes over the last axis (Hugging Face's eager attention). A model compiled by

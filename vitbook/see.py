@@ -189,7 +189,7 @@ def entropy_trace(steps: Any,
 
 # %% ../nbs/00_foundations/12_seeing.ipynb #a74e951e
 def rollout(weights: Sequence[Float[Tensor, 'b h n n']], # first layer first
-           ) -> Float[Tensor, 'b n n']:                  # how much of each token's output comes from each input token
+           ) -> Float[Tensor, 'b n n']: # how much of each token's output comes from each input token
     """Attention rollout: heads averaged, the residual path added as identity, layers multiplied.
 
     Source: arXiv:2005.00928, sec. 3."""

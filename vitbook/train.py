@@ -325,8 +325,9 @@ def decay_groups(model: nn.Module, weight_decay: float = .05) -> list[dict[str, 
     """Two groups for an optimizer: matrices and kernels with `weight_decay`, and the rest without.
 
     The rest: vectors, biases, norms of any shape, and what `model.no_weight_decay()` names.
-    ValueError if nothing is to be trained. Source: arXiv:1711.05101 for decay apart from the
-    gradient; which parameters, as in timm."""
+    ValueError if nothing is to be trained.
+
+    Source: arXiv:1711.05101 for decay apart from the gradient; which parameters, as in timm."""
     norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
     found = [m for m in model.modules()
              if isinstance(m, norms) or type(m).__name__.endswith('RMSNorm')]

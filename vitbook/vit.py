@@ -34,7 +34,7 @@ class _PublishedViT(LearnedGrid, Backbone):
     @staticmethod
     def official_arguments(
         state_dict: Mapping[str, Tensor],
-        num_heads: int | None = None,                  # weights do not tell; default: heads of width 64, of 80 in ViT-H
+        num_heads: int | None = None, # weights do not tell; default: heads of width 64, of 80 in ViT-H
         img_size: int | tuple[int, int] | None = None, # default: as trained, if that was square
     ) -> dict[str, Any]:
         """What timm's or Hugging Face's weights of a ViT or DeiT tell.
@@ -67,7 +67,8 @@ class _PublishedViT(LearnedGrid, Backbone):
         A distillation token that no head listens to is a register. ValueError if the weights do not tell
         the grid and it is not plain."""
         sd = dict(state_dict)
-        if self.reg_token is not None and self.dist_token is None and 'dist_token' in sd and 'reg_token' not in sd:
+        register = self.reg_token is not None and self.dist_token is None
+        if register and 'dist_token' in sd and 'reg_token' not in sd:
             sd['reg_token'] = sd.pop('dist_token')
         return self.regridded(sd, 0 if self.no_embed_class else self.num_prefix_tokens)
 
@@ -88,7 +89,8 @@ def _size_of(sd: Mapping[str, Tensor],
             ) -> tuple[bool, tuple[int, int]]: # whether only patches have positions; rows and columns of the picture
     square = lambda n: round(n ** .5) ** 2 == n
     placed, told = sd['pos_embed'].shape[1], sd.get('pos_grid')
-    patches_only = placed == int(told.prod()) if told is not None else not square(placed - prefix) and square(placed)
+    if told is not None: patches_only = placed == int(told.prod())
+    else: patches_only = not square(placed - prefix) and square(placed)
     want = (1, 1) if img_size is None else tuple(a // p for a, p in zip(pair(img_size), patch))
     grid = trained_grid(placed - (0 if patches_only else prefix), want, told)
     trained = tuple(g * p for g, p in zip(grid, patch))
@@ -103,25 +105,25 @@ class VisionTransformer(_PublishedViT):
                  img_size: int | tuple[int, int] = 224,
                  patch_size: int | tuple[int, int] = 16,
                  in_chans: int = 3,
-                 num_classes: int = 1000,            # 0: no head, `forward` gives the pooled features
-                 global_pool: str = 'token',         # 'token': the class token; 'avg': mean of the patch tokens
+                 num_classes: int = 1000,        # 0: no head, `forward` gives the pooled features
+                 global_pool: str = 'token',     # 'token': the class token; 'avg': mean of the patch tokens
                  embed_dim: int = 768,
                  depth: int = 12,
                  num_heads: int = 12,
                  mlp_ratio: float = 4.,
                  qkv_bias: bool = True,
                  qk_norm: bool = False,
-                 init_values: float | None = None,   # of LayerScale; None: no LayerScale
+                 init_values: float | None = None, # of LayerScale; None: no LayerScale
                  class_token: bool = True,
-                 reg_tokens: int = 0,                # register tokens (arXiv:2309.16588)
-                 no_embed_class: bool = False,       # positions for the patches only
-                 distilled: bool = False,            # DeiT's second token and head
-                 dynamic_img_size: bool = False,     # any multiple of the patch; positions are interpolated at each call
-                 drop_rate: float = 0.,              # dropout before the head
-                 pos_drop_rate: float = 0.,          # dropout after the positions
-                 proj_drop_rate: float = 0.,         # dropout inside the blocks
-                 attn_drop_rate: float = 0.,         # dropout on attention weights
-                 drop_path_rate: float = 0.,         # stochastic depth of the last block, growing linearly from 0
+                 reg_tokens: int = 0,            # register tokens (arXiv:2309.16588)
+                 no_embed_class: bool = False,   # positions for the patches only
+                 distilled: bool = False,        # DeiT's second token and head
+                 dynamic_img_size: bool = False, # any multiple of the patch; positions are interpolated at each call
+                 drop_rate: float = 0.,          # dropout before the head
+                 pos_drop_rate: float = 0.,      # dropout after the positions
+                 proj_drop_rate: float = 0.,     # dropout inside the blocks
+                 attn_drop_rate: float = 0.,     # dropout on attention weights
+                 drop_path_rate: float = 0.,     # stochastic depth of the last block, growing linearly from 0
                  norm_eps: float = 1e-6):
         super().__init__()
         if global_pool not in ('token', 'avg'):
@@ -220,7 +222,8 @@ class VisionTransformer(_PublishedViT):
             if i in self.taps: maps.append(tokens_to_map(x, grid, self.num_prefix_tokens))
         return maps
 
-    def forward_head(self, x: Float[Tensor, 'b n c'], pre_logits: bool = False) -> Float[Tensor, 'b k'] | tuple[Float[Tensor, 'b k'], Float[Tensor, 'b k']]:
+    def forward_head(self, x: Float[Tensor, 'b n c'], pre_logits: bool = False,
+                    ) -> Float[Tensor, 'b k'] | tuple[Float[Tensor, 'b k'], Float[Tensor, 'b k']]:
         "Pool the tokens and classify; `pre_logits` stops before the head."
         if self.distilled:
             x, d = self.head_drop(x[:, 0]), self.head_drop(x[:, 1])
@@ -300,8 +303,8 @@ def from_huggingface(state_dict: Mapping[str, Tensor], # of ViTModel, ViTForImag
 
 # %% ../nbs/00_foundations/09_vit.ipynb #b9749197
 def vit_from_state_dict(
-    state_dict: Mapping[str, Tensor],              # timm's or Hugging Face's, of a ViT or DeiT
-    num_heads: int | None = None,                  # weights do not tell; default: heads of width 64, of 80 in ViT-H
+    state_dict: Mapping[str, Tensor], # timm's or Hugging Face's, of a ViT or DeiT
+    num_heads: int | None = None,     # weights do not tell; default: heads of width 64, of 80 in ViT-H
     img_size: int | tuple[int, int] | None = None, # default: as trained, if that was square; else positions are resized
 ) -> VisionTransformer:
     """A VisionTransformer of the right size with these weights, in eval mode.

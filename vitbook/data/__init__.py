@@ -444,12 +444,12 @@ def cast_rays(origin: Float[Tensor, '3'], directions: Float[Tensor, 'r 3'],
 # %% ../../nbs/00_foundations/10_data.ipynb #d9cdee6d
 def lidar_scene(seed: int = 0,
                 *,
-                extent: float = 40.,                             # metres from the sensor to the edge
-                rings: int = 32,                                 # rows of the laser, from 20 degrees down to 2 up
-                azimuths: int = 720,                             # columns of a turn
-                objects: Sequence[int] = (10, 8, 4),             # vehicles, pedestrians, cyclists
+                extent: float = 40.,                 # metres from the sensor to the edge
+                rings: int = 32,                     # rows of the laser, from 20 degrees down to 2 up
+                azimuths: int = 720,                 # columns of a turn
+                objects: Sequence[int] = (10, 8, 4), # vehicles, pedestrians, cyclists
                 walls: int = 6,
-                noise: float = .02,                              # metres, standard deviation of the range
+                noise: float = .02,                  # metres, standard deviation of the range
                ) -> LidarScene:
     "A made-up street with things on it, scanned by a turning laser 1.8 m above ground: dense near by, sparse far away, with shadows."
     g = torch.Generator().manual_seed(seed)

@@ -392,11 +392,11 @@ def _png(image: Tensor) -> str:
     Image.fromarray(im).save(file := io.BytesIO(), 'png', optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
-def before_after(before: Float[Tensor, 'c y x'], after: Float[Tensor, 'c y x'],  # 0 … 1
-                 *, title: str,                                  # says what is to be seen; also the accessible name
+def before_after(before: Float[Tensor, 'c y x'], after: Float[Tensor, 'c y x'], # 0 … 1
+                 *, title: str,         # says what is to be seen; also the accessible name
                  labels: tuple[str, str] = ('before', 'after'),
-                 width: int = 480,                               # of the picture on the page, in CSS pixels
-                 at: int | float = .5):                          # where the edge is at first, share of the width
+                 width: int = 480,      # of the picture on the page, in CSS pixels
+                 at: int | float = .5): # where the edge is at first, share of the width
     """One picture over the other with an edge to drag: works without a kernel and loads nothing.
 
     ValueError if the shapes differ, or for another range than 0 … 1."""

@@ -259,8 +259,8 @@ class Sets(NamedTuple):
 def forecasting_sets(table: TimeSeries,
                      parts: Parts,
                      seq_len: int, pred_len: int,
-                     *, freq: str | None = None,          # of the calendar covariates, as in `calendar`; None: without
-                     reach_back: bool = True,             # the lookback of the first validation and test windows lies in the part before
+                     *, freq: str | None = None, # of the calendar covariates, as in `calendar`; None: without
+                     reach_back: bool = True,    # the lookback of the first validation and test windows lies in the part before
                      scale: bool = True,
                      device: str | torch.device = 'cpu',
                      ) -> Sets:

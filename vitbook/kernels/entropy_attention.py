@@ -356,7 +356,9 @@ def entropy_attention(q: Float[Tensor, 'b h n d'],
     """Softmax attention that also gives the entropy and the log-sum-exp of every query's weights; gradients flow through all three. A query that may look at nothing gives 0, 0, -inf.
 
     ValueError if shapes do not fit, or if `backend` cannot do what is asked; a warning, once, where 'auto' finds nothing fast on a GPU. Under autocast q, k and v are lowered as torch's own attention lowers them.
-    Source: arXiv:1706.03762, eq. 1; entropy of arXiv:2303.06296, sec. 3; one pass as in arXiv:1805.02867 and arXiv:2205.14135."""
+
+    Source: arXiv:1706.03762, eq. 1; entropy of arXiv:2303.06296, sec. 3; one pass as in
+    arXiv:1805.02867 and arXiv:2205.14135."""
     q, k, v = lowered(q, k, v)
     check_qkv(q, k, v, bias, mask)
     bias = within(bias, q.dtype)

@@ -106,7 +106,8 @@ def _flex(q, k, v, bias, mask, causal, scale):
     if mask is not None or causal:
         M = None if mask is None else mask.expand(b, h, n, m)
         seen = (lambda y, x: x <= y + m - n) if causal else (lambda y, x: x >= 0)
-        mask_mod = (lambda i, j, y, x: seen(y, x)) if M is None else (lambda i, j, y, x: seen(y, x) & M[i, j, y, x])
+        if M is None: mask_mod = lambda i, j, y, x: seen(y, x)
+        else: mask_mod = lambda i, j, y, x: seen(y, x) & M[i, j, y, x]
         block_mask = create_block_mask(mask_mod, b if M is not None else None,
                                        h if M is not None else None, n, m, device=str(q.device))
     return compiled_flex()(q, k, v, score_mod=score_mod, block_mask=block_mask, scale=scale)
@@ -153,7 +154,7 @@ def refusal(backend: str,             # a key of BACKENDS
     if unknown: raise ValueError(f'unknown demand {sorted(unknown)}')
     for what, asked in wanted.items():
         if asked and BACKENDS[backend].get(what) is False:
-            return f'{backend} gives no {what}' if what in ('weights', 'entropy') else f'{backend} has no {what}'
+            return f"{backend} {'gives' if what in ('weights', 'entropy') else 'has'} no {what}"
     if backend == 'flex':
         if _flex_missing(): return _flex_missing()
         if device == 'cpu' and wanted.get('grad'): return 'flex has no gradient on the CPU'
@@ -174,7 +175,8 @@ def choose(device: str = 'cpu', **wanted: bool | int | torch.dtype) -> tuple[str
         name, why = kernels.choose(device, alone=bool(wanted.get('dropout')),
                                    **_for_kernels(wanted))
         if wanted.get('dropout'):
-            return 'sdpa', f"entropy with dropout: the output by torch's fused kernels, the entropy by itself ({name}: {why})"
+            return 'sdpa', ("entropy with dropout: the output by torch's fused kernels, "
+                            f'the entropy by itself ({name}: {why})')
         return name, f'the entropy was asked for: {why}'
     return 'sdpa', "nothing but the output was asked for: torch's fused kernels"
 
@@ -182,7 +184,8 @@ def backends(device: str = 'cpu') -> list[dict]:
     "What each backend can do on `device`, as rows of a table; `why` says what stands in the way."
     rows = []
     for name, can in BACKENDS.items():
-        missing = _flex_missing() if name == 'flex' else kernels.refusal(name, device) if name in ('twice', 'triton') else None
+        missing = _flex_missing() if name == 'flex' else None
+        if name in ('twice', 'triton'): missing = kernels.refusal(name, device)
         row = dict(backend=name, made_of=can['made_of'], memory=can['memory'],
                    available=missing is None)
         for what in ('bias', 'mask', 'causal', 'dropout', 'weights', 'entropy', 'grad'):
@@ -239,24 +242,26 @@ def attention(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g m d'], v: Float
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #53c70040
 def attention(q: Float[Tensor, 'b h n d'],
-              k: Float[Tensor, 'b g m d'],                    # g divides h: each key head serves h/g query heads
+              k: Float[Tensor, 'b g m d'],              # g divides h: each key head serves h/g query heads
               v: Float[Tensor, 'b g m e'],
               *,
-              bias: Float[Tensor, '...'] | None = None,       # added to the scores; broadcasts to b h n m
-              mask: Bool[Tensor, '...'] | None = None,        # True = may look; broadcasts to b h n m, so of keys alone it is b 1 1 m
-              causal: bool = False,                           # query i sees keys up to i + m - n
-              scale: float | None = None,                     # default 1/sqrt(d)
-              dropout_p: float = 0.,                          # share of the weights dropped
-              backend: str = 'auto',                          # 'auto' or a key of BACKENDS
+              bias: Float[Tensor, '...'] | None = None, # added to the scores; broadcasts to b h n m
+              mask: Bool[Tensor, '...'] | None = None,  # True = may look; broadcasts to b h n m, so of keys alone it is b 1 1 m
+              causal: bool = False,                     # query i sees keys up to i + m - n
+              scale: float | None = None,               # default 1/sqrt(d)
+              dropout_p: float = 0.,                    # share of the weights dropped
+              backend: str = 'auto',                    # 'auto' or a key of BACKENDS
               return_weights: bool = False,
               return_entropy: bool = False,
-             ) -> Float[Tensor, 'b h n e'] | Attended:        # Attended if weights or entropy were asked for
+             ) -> Float[Tensor, 'b h n e'] | Attended:  # Attended if weights or entropy were asked for
     """Softmax attention by whichever way fits; a query that may look at nothing gives zeros.
 
     ValueError if shapes do not fit, if a mask of two or three axes fits in two ways (batch x keys
     and queries x keys; batch and heads), or if `backend` cannot do what is asked (nothing is
     swapped behind your back). Under autocast q, k and v are lowered as torch's own attention lowers
-    them. Source: arXiv:1706.03762, eq. 1."""
+    them.
+
+    Source: arXiv:1706.03762, eq. 1."""
     # so that a probe (probe.recording) can watch every call of any model
     if has_torch_function((q, k, v)):
         return handle_torch_function(attention, (q, k, v), q, k, v, bias=bias, mask=mask,

@@ -23,12 +23,15 @@ def hooked_everywhere() -> bool:
     By those of torch's counter of operations only names are taken down."""
     known = torch.nn.modules.module
     if not known._has_any_global_hook(): return False
-    kinds = known._global_forward_hooks, known._global_forward_pre_hooks, known._global_backward_hooks, known._global_backward_pre_hooks
+    kinds = (known._global_forward_hooks, known._global_forward_pre_hooks,
+             known._global_backward_hooks, known._global_backward_pre_hooks)
     return any(not isinstance(getattr(hook, '__self__', None), ModuleTracker) for hooks in kinds
                for hook in hooks.values())
 
 def is_plain(layer: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether calling a layer does what its class, exactly one of `kinds`, says and nothing else: only then may a faster way use its weights, or overwrite its output, without anybody noticing.
+    """Whether calling a layer does what its class, exactly one of `kinds`, says and nothing else.
+
+    Only then may a faster way use its weights, or overwrite its output, without anybody noticing.
 
     An adapter, a quantised or a parametrised layer is of another class. Hooks count, of the layer
     and of all modules; so do a `forward` of the object's own and weights that are no ordinary
@@ -67,13 +70,15 @@ class Mlp(nn.Module):
         if h.requires_grad or not (is_plain(self.fc1, nn.Linear)
                                    and is_plain(self.act, nn.GELU, nn.SiLU)):
             return self.act(h)
-        return torch.ops.aten.gelu_(h, approximate=self.act.approximate) if type(self.act) is nn.GELU else torch.ops.aten.silu_(h)
+        if type(self.act) is nn.GELU: return torch.ops.aten.gelu_(h, approximate=self.act.approximate)
+        return torch.ops.aten.silu_(h)
 
 # %% ../../nbs/00_foundations/05_blocks.ipynb #5f2b29b5
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), written as SiLU(1.702 x) / 1.702.
 
     That takes fewer passes over memory, and one tensor less to keep for the gradient.
+
     Source: arXiv:1606.08415, sec. 2."""
     alpha = 1.702
 
@@ -104,8 +109,8 @@ class GatedMlp(nn.Module):
     Source: arXiv:2002.05202, eq. 6."""
     def __init__(self,
                  in_features: int,
-                 hidden_features: int | None = None,        # width of the gate and of the value; default in_features
-                 out_features: int | None = None,           # default in_features
+                 hidden_features: int | None = None, # width of the gate and of the value; default in_features
+                 out_features: int | None = None,    # default in_features
                  act_layer: Callable[[], nn.Module] = nn.SiLU,
                  drop: float = 0.,
                  bias: bool = True):
@@ -136,7 +141,9 @@ def drop_path(x: Float[Tensor, 'b *rest'],
               p: float,               # probability that a sample loses the branch
               training: bool = True,
              ) -> Float[Tensor, 'b *rest']:
-    "Stochastic depth: the whole branch is dropped for some samples, and scaled by 1/(1-p) for the others. Source: arXiv:1603.09382, eq. 2."
+    """Stochastic depth: the branch is dropped for some samples, and scaled by 1/(1-p) for the others.
+
+    Source: arXiv:1603.09382, eq. 2."""
     if not 0 <= p < 1: raise ValueError(f'p must lie in [0, 1), got {p}')
     if p == 0 or not training: return x
     kept = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(1 - p)
@@ -174,19 +181,19 @@ class Block(nn.Module):
 
     Source: arXiv:2010.11929, eq. 2-3."""
     def __init__(self,
-                 dim: int,                             # width of a token
+                 dim: int,                         # width of a token
                  num_heads: int,
-                 mlp_ratio: float = 4.,                # hidden width of the MLP / dim
+                 mlp_ratio: float = 4.,            # hidden width of the MLP / dim
                  qkv_bias: bool = False,
-                 qk_norm: bool = False,                # normalise queries and keys, by norm_layer as well
-                 proj_drop: float = 0.,                # dropout on both branches' outputs
-                 attn_drop: float = 0.,                # dropout on the attention weights
-                 init_values: float | None = None,     # of LayerScale; None: no LayerScale
-                 drop_path: float = 0.,                # stochastic depth of both branches
+                 qk_norm: bool = False,            # normalise queries and keys, by norm_layer as well
+                 proj_drop: float = 0.,            # dropout on both branches' outputs
+                 attn_drop: float = 0.,            # dropout on the attention weights
+                 init_values: float | None = None, # of LayerScale; None: no LayerScale
+                 drop_path: float = 0.,            # stochastic depth of both branches
                  act_layer: Callable[[], nn.Module] = nn.GELU,
                  norm_layer: Callable[[int], nn.Module] = nn.LayerNorm,
                  mlp_layer: Callable[..., nn.Module] = Mlp,
-                 norm_position: str = 'pre'):          # 'pre': x + f(norm(x)); 'post': norm(x + f(x)), as in 2017
+                 norm_position: str = 'pre'):      # 'pre': x + f(norm(x)); 'post': norm(x + f(x)), as in 2017
         super().__init__()
         if norm_position not in ('pre', 'post'):
             raise ValueError(f"norm_position must be 'pre' or 'post', got {norm_position!r}")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 # %% ../../nbs/00_foundations/07_convolutions.ipynb #dd6194ca
 def tokens_to_map(t: Float[Tensor, 'b n c'],
-                  grid: tuple[int, int],     # rows, columns
-                  num_prefix: int = 0,       # tokens in front that have no place on the grid; they are left out
+                  grid: tuple[int, int], # rows, columns
+                  num_prefix: int = 0,   # tokens in front that have no place on the grid; they are left out
                  ) -> Float[Tensor, 'b c y x']:
     "A sequence of patch tokens as a channels-first map. ValueError if the grid does not hold them."
     if t.shape[1] != num_prefix + grid[0] * grid[1]:

@@ -35,7 +35,10 @@ def check_divisible(name: str, size: tuple[int, int], by: tuple[int, int],
 
 def check_batch(x: Tensor):
     "Raise ValueError unless x has the four axes of a batch of pictures."
-    if x.dim() != 4: raise ValueError(f'x must be a batch of pictures with four axes, b c y x, got the shape {tuple(x.shape)}' + '; x[None] is a batch of one' * (x.dim() == 3))
+    if x.dim() == 4: return
+    one = '; x[None] is a batch of one' if x.dim() == 3 else ''
+    raise ValueError('x must be a batch of pictures with four axes, b c y x, '
+                     f'got the shape {tuple(x.shape)}{one}')
 
 # %% ../../nbs/00_foundations/01_patches.ipynb #10685b06
 def patchify(x: Float[Tensor, 'b c H W'],

@@ -100,7 +100,10 @@ def trained_grid(places: int,                          # positions in the weight
                      'state_dict')
 
 class LearnedGrid:
-    "A part of a module whose learned positions belong to its `grid_size`: its `state_dict` says the grid, as `pos_grid`, and weights of another one are interpolated by `regridded`, and refused by `load_state_dict`."
+    """A part of a module whose learned positions belong to its `grid_size`.
+
+    Its `state_dict` says the grid, as `pos_grid`; weights of another one are interpolated by
+    `regridded`, and refused by `load_state_dict`."""
     positions = 'pos_embed'    # name of the parameter
 
     def regridded(self, state_dict: Mapping[str, Tensor], num_prefix: int = 0) -> dict[str, Tensor]:
@@ -128,14 +131,18 @@ class LearnedGrid:
 
 # %% ../../nbs/00_foundations/02_positions.ipynb #d5c5c995
 def relative_index(h: int, w: int) -> Int[Tensor, 'n n']:
-    "Row of the bias table for each pair of an h x w window: (dy + h - 1) * (2w - 1) + (dx + w - 1), dy and dx from key to query."
+    """Row of the bias table for each pair of an h x w window.
+
+    (dy + h - 1) * (2w - 1) + (dx + w - 1), with dy and dx from key to query."""
     y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing='ij')
     y, x = y.flatten(), x.flatten()
     return (y[:, None] - y[None] + h - 1) * (2 * w - 1) + (x[:, None] - x[None] + w - 1)
 
 # %% ../../nbs/00_foundations/02_positions.ipynb #e556ad28
 class RelativePositionBias(nn.Module):
-    "A learned number for each head and each offset between two tokens of a window, added to the scores. Source: arXiv:2103.14030, eq. 4."
+    """A learned number for each head and each offset of two tokens of a window, added to the scores.
+
+    Source: arXiv:2103.14030, eq. 4."""
     def __init__(self,
                  window: int | tuple[int, int], # rows, columns
                  num_heads: int):
@@ -164,9 +171,11 @@ def apply_rope(x: Float[Tensor, '*b n d'],     # queries or keys
                cos: Float[Tensor, '*#b n d'],
                sin: Float[Tensor, '*#b n d'],
               ) -> Float[Tensor, '*b n d']:
-    """Turn each pair of channels (2i, 2i+1) by its angle; computed in float32 or better, returned in x's dtype.
+    """Turn each pair of channels (2i, 2i+1) by its angle, in float32 or better; the dtype stays.
 
-    ValueError if the angles are not those of n tokens of width d. Source: arXiv:2104.09864, eq. 34."""
+    ValueError if the angles are not those of n tokens of width d.
+
+    Source: arXiv:2104.09864, eq. 34."""
     if cos.shape[-2:] != x.shape[-2:] or sin.shape[-2:] != x.shape[-2:] or x.shape[-1] % 2:
         raise ValueError(f'cos and sin must be (n d) = {tuple(x.shape[-2:])} with d even, '
                          f'got {tuple(cos.shape)} and {tuple(sin.shape)}')
@@ -231,7 +240,7 @@ def mixed(stretched: Float[Tensor, '*b k'],
     return stretched * (1 - kept) + plain * kept
 
 def yarn_sharpness(factor: float | Float[Tensor, '*b'], weight: float = .1) -> float | Float[Tensor, '*b']:
-    """What cosine and sine are multiplied by, so that a softmax over `factor` times more tokens stays as sharp.
+    """What cosine and sine are multiplied by, for a softmax over `factor` times more tokens.
 
     Source: arXiv:2309.00071, sec. 3.4."""
     grown = factor.clamp(min=1).log() if isinstance(factor, Tensor) else math.log(max(factor, 1))

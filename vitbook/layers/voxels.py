@@ -21,7 +21,8 @@ def scatter_mean(x: Float[Tensor, 'p c'],
                 ) -> Float[Tensor, 'n c']:
     "Mean of the rows of each group, summed in float32 or better; zeros for a group without rows."
     wide, count = widened(x), torch.bincount(group, minlength=n).clamp(min=1)
-    return (wide.new_zeros(n, x.shape[1]).index_add(0, group, wide) / count.to(wide.dtype)[:, None]).to(x.dtype)
+    sums = wide.new_zeros(n, x.shape[1]).index_add(0, group, wide)
+    return (sums / count.to(wide.dtype)[:, None]).to(x.dtype)
 
 def scatter_max(x: Float[Tensor, 'p c'],
                 group: Int[Tensor, 'p'], # 0 … n-1: of each row its group
@@ -136,7 +137,9 @@ def voxel_windows(coords: Int[Tensor, 'n 4'],             # scene, z, y, x
 
 # %% ../../nbs/00_foundations/20_voxels.ipynb #d5093d81
 class PointLayer(nn.Module):
-    "A linear map of each point, and the largest value in its voxel: alone if it is the last layer, beside the point's own otherwise."
+    """A linear map of each point, and the largest value in its voxel.
+
+    The latter alone if it is the last layer, beside the point's own otherwise."""
     def __init__(self, in_features: int, out_features: int, norm: bool = True, last: bool = True):
         super().__init__()
         width = out_features if last else out_features // 2
@@ -150,10 +153,14 @@ class PointLayer(nn.Module):
 
 # %% ../../nbs/00_foundations/20_voxels.ipynb #49849f05
 class DynamicVFE(nn.Module):
-    """Points to voxel features: each point with its offsets to the mean and to the centre of its voxel, through small layers, then the maximum over the voxel.
+    """Points to voxel features.
 
-    Every point counts, however many a voxel has. ValueError if sizes do not fit. Source:
-    arXiv:2301.06051, sec. 4 (after arXiv:1910.06528)."""
+    Each point with its offsets to the mean and to the centre of its voxel, through small layers, then
+    the maximum over the voxel.
+
+    Every point counts, however many a voxel has. ValueError if sizes do not fit.
+
+    Source: arXiv:2301.06051, sec. 4 (after arXiv:1910.06528)."""
     def __init__(self,
                  voxel_size: Sequence[float],       # x, y, z
                  point_range: Sequence[float],      # lowest x, y, z, then the upper ends

@@ -57,8 +57,9 @@ def shift_mask(size: tuple[int, int],                   # rows, columns of the m
     """Which tokens of a window may look at each other after the map was rolled by `shift`.
 
     The roll brings tokens from opposite edges into one window; they must not see each other.
-    ValueError if the size is no multiple of the window, or the shift negative. Source:
-    arXiv:2103.14030, fig. 4."""
+    ValueError if the size is no multiple of the window, or the shift negative.
+
+    Source: arXiv:2103.14030, fig. 4."""
     (p, q), (sy, sx) = pair(window), pair(shift)
     check_divisible('size', size, (p, q), 'window')
     if min(sy, sx) < 0: raise ValueError(f'shift must not be negative, got {(sy, sx)}')
