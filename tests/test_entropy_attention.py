@@ -388,3 +388,24 @@ def test_on_a_gpu(dtype, tolerance, n, d):
         given = inputs(h=4, g=2, n=n, m=n, d=d, e=d, bias=None if bias is None else (4, n, n), mask=mask, dtype=dtype, device='cuda')
         assert E.choose('cuda', dtype, bias=bias is not None, width=d)[0] == 'triton'
         agree(outcome(E.entropy_attention, *given, causal=causal), reference(*given, causal=causal), tolerance)
+
+
+@pytest.mark.parametrize('size', [1, 2, 5, 9])
+def test_the_softmax_of_blocks_is_the_softmax(size):
+    "Also with scores too large for an exponential, and queries that see nothing, at first or at all."
+    g = torch.Generator().manual_seed(size)
+    s = 400 * torch.randn(3, 6, 9, generator=g, dtype=torch.double)
+    v = torch.randn(3, 9, 4, generator=g, dtype=torch.double)
+    s[:, 1], s[:, 2, :5] = -math.inf, -math.inf
+    top = s.new_full(s.shape[:-1], torch.finfo(s.dtype).min)
+    total, out = torch.zeros_like(top), s.new_zeros(3, 6, 4)
+    for at in range(0, 9, size):
+        e, top, total, fell, shrink = E.softmax_step(s[..., at:at + size].clone(), top, total)
+        assert torch.equal(shrink, fell.exp()) and (fell <= 0).all() and (e <= 1).all()
+        out = shrink[..., None] * out + e @ v[:, at:at + size]
+    mean, lse, some, safe = E.softmax_end(top, total, out)
+    sees = [0, 2, 3, 4, 5]
+    torch.testing.assert_close(mean[:, sees], (s.softmax(-1) @ v)[:, sees])
+    torch.testing.assert_close(lse[:, sees], s.logsumexp(-1)[:, sees])
+    assert some[:, sees].all() and not some[:, 1].any()
+    assert (mean[:, 1] == 0).all() and (lse[:, 1] == -math.inf).all() and (safe[:, 1] == 1).all()
