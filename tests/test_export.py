@@ -6,8 +6,8 @@ import pytest
 
 from tools import CHAPTERS, NEEDED, ROOT, copy_of_repo, dotted, exported, imports, modules, notebooks, run
 
-MIDDLE = {'bench', 'book', 'lab', 'lock', 'weights', 'vit', 'registry', 'backbone', 'train', 'probe', 'see', 'measure', 'judge',
-          'data', 'flow', 'names'}
+MIDDLE = {'bench', 'book', 'diagram', 'lab', 'lock', 'weights', 'vit', 'registry', 'backbone', 'train', 'probe', 'see',
+          'measure', 'judge', 'data', 'flow', 'names'}
 TOP = {'cli'}
 
 
