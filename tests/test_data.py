@@ -602,20 +602,25 @@ def test_the_list_says_what_needs_a_package(monkeypatch):
 
 def test_streets_are_geometry():
     s = data.lidar_scene(3)
-    assert torch.equal(s.points, data.lidar_scene(3).points) and not torch.equal(s.points[:100], data.lidar_scene(4).points[:100])
-    assert len(s.boxes) == len(s.labels) and s.points[:, :2].abs().max() < 40 and s.points[:, 3:].min() >= 0 and s.points[:, 3:].max() <= 1
+    assert torch.equal(s.points, data.lidar_scene(3).points)
+    assert not torch.equal(s.points[:100], data.lidar_scene(4).points[:100])
+    assert len(s.boxes) == len(s.labels) and s.points[:, :2].abs().max() < 40
+    assert s.points[:, 3:].min() >= 0 and s.points[:, 3:].max() <= 1
     ground = s.points[s.hit == -1]
     assert ground[:, 2].abs().max() < .1
     cos, sin = s.boxes[:, 6].cos(), s.boxes[:, 6].sin()
-    for i, box in enumerate(s.boxes):                                                      # points on a box lie on its surface
+    for i, box in enumerate(s.boxes):  # points on a box lie on its surface
         away = s.points[s.hit == i, :3] - box[:3]
-        local = torch.stack([cos[i] * away[:, 0] + sin[i] * away[:, 1], cos[i] * away[:, 1] - sin[i] * away[:, 0], away[:, 2]], 1).abs() - box[3:6] / 2
+        local = torch.stack([cos[i] * away[:, 0] + sin[i] * away[:, 1],
+                             cos[i] * away[:, 1] - sin[i] * away[:, 0],
+                             away[:, 2]], 1).abs() - box[3:6] / 2
         if len(away): assert local.amax(1).abs().max() < .12
     assert (s.hit >= 0).sum() > 100 and (s.hit == -2).any() and set(s.labels.tolist()) == {0, 1, 2}
 
 
 def test_one_ray():
-    box = torch.tensor([[10., 0., 1., 4., 2., 2., 0.], [20., 0., 1., 4., 2., 2., 0.], [0., 10., 1., 4., 2., 2., math.pi / 2]])
+    box = torch.tensor([[10., 0., 1., 4., 2., 2., 0.], [20., 0., 1., 4., 2., 2., 0.],
+                        [0., 10., 1., 4., 2., 2., math.pi / 2]])
     ways = torch.tensor([[1., 0., 0.], [0., 1., 0.], [-1., 0., 0.], [0., 0., 1.]])
     far, which = data.cast_rays(torch.tensor([0., 0., 1.]), ways, box)
     assert_close(far, torch.tensor([8., 8., math.inf, math.inf]))

@@ -118,7 +118,9 @@ def round_trips(graph):
 
 
 def graph_of(sources):
-    "Module -> modules it imports, also inside functions; what only type checkers read does not count."
+    """Module -> modules it imports, also inside functions.
+
+    What only type checkers read does not count."""
     graph = {}
     for name, (source, package) in sources.items():
         tree = ast.parse(source)
@@ -133,8 +135,10 @@ def graph_of(sources):
 
 def test_no_import_comes_back():
     "Whoever is imported never imports back, not even inside a function, where Python would not mind."
-    def package(path): return dotted(path) if path.name == '__init__.py' else dotted(path).rpartition('.')[0]
-    sources = {dotted(path): (path.read_text(encoding='utf-8'), package(path)) for path in modules()}
+    def package(path):
+        return dotted(path) if path.name == '__init__.py' else dotted(path).rpartition('.')[0]
+    sources = {dotted(path): (path.read_text(encoding='utf-8'), package(path))
+               for path in modules()}
     ways = round_trips(graph_of(sources))
     assert not ways, '; '.join(' -> '.join(way) for way in ways.values())
 
@@ -156,7 +160,8 @@ def private_imports(source):
         if isinstance(node, ast.ImportFrom) and ours(node):
             named = [a.name for a in node.names]
             aliases |= {a.asname or a.name for a in node.names}
-            yield from (f'line {node.lineno} imports {name}' for name in named if re.match('_[^_]', name))
+            yield from (f'line {node.lineno} imports {name}' for name in named
+                        if re.match('_[^_]', name))
     for node in ast.walk(tree):
         private = isinstance(node, ast.Attribute) and re.match('_[^_]', node.attr)
         if private and isinstance(node.value, ast.Name) and node.value.id in aliases and node.value.id.islower():
@@ -168,10 +173,12 @@ def test_no_module_takes_a_private_name(path):
     assert not list(private_imports(path.read_text(encoding='utf-8')))
 
 
-@pytest.mark.parametrize('notebook', [book for book in notebooks() if book.module], ids=lambda book: book.name)
+@pytest.mark.parametrize('notebook', [book for book in notebooks() if book.module],
+                         ids=lambda book: book.name)
 def test_no_notebook_takes_a_private_name(notebook):
     for cell in notebook.code:
-        lines = ['' if line.lstrip().startswith(('%', '!')) else line for line in cell['source'].split('\n')]
+        lines = ['' if line.lstrip().startswith(('%', '!')) else line
+                 for line in cell['source'].split('\n')]
         assert not list(private_imports('\n'.join(lines)))
 
 
@@ -188,10 +195,15 @@ def test_private_names_are_seen():
 def test_module_level_imports_are_the_few_needed(path):
     name = dotted(path)
     allowed = {*NEEDED, 'vitbook', *sys.stdlib_module_names}
-    for target, line, top, guarded in imports(ast.parse(path.read_text(encoding='utf-8')), name if path.name == '__init__.py' else name.rpartition('.')[0]):
+    for target, line, top, guarded in imports(
+        ast.parse(path.read_text(encoding='utf-8')),
+        name if path.name == '__init__.py' else name.rpartition('.')[0]):
         package = target.split('.')[0]
-        if top and not (package in allowed or (package == 'triton' and guarded and name.startswith('vitbook.kernels'))):
-            raise AssertionError(f'{name}:{line} imports {package} at module level; import it inside the function that needs it')
+        if top and not (
+            package in allowed
+            or (package == 'triton' and guarded and name.startswith('vitbook.kernels'))):
+            raise AssertionError(f'{name}:{line} imports {package} at module level; import it '
+                                 'inside the function that needs it')
 
 
 def test_source_is_python_3_10():
