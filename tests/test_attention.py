@@ -8,7 +8,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from vitbook.layers.attention import (BACKENDS, Attention, allowed_pairs, attention, attention_scores, backends, blockwise_attention, choose, entropy, explain,
+from vitbook.kernels.entropy_attention import blockwise_attention
+from vitbook.layers.attention import (BACKENDS, Attention, allowed_pairs, attention, attention_scores, backends, choose, entropy, explain,
                                       masked_softmax, naive_attention, refusal)
 from vitbook.layers.norm import RMSNorm
 from vitbook.layers.position import apply_rope, rope_1d

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Triple', 'HEADS', 'naive_set_positions', 'Sets', 'set_positions', 'set_partition', 'rotated_keys', 'Config',
-           'SetAttention', 'act_named', 'SetLayer', 'PositionMlp', 'DSVTBlock', 'Pooled', 'pool_cells',
-           'gather_children', 'AttentionPooling', 'LinearPooling', 'MaxPooling', 'official_names', 'Stage', 'DSVT',
-           'ResBlock2d', 'BEVBackbone', 'CenterHead', 'corners', 'overlap_area', 'box_iou', 'box_ious', 'Detections',
-           'decode_boxes', 'suppress', 'decode', 'gaussian_radius', 'Targets', 'center_targets', 'focal_loss',
-           'upright_diou', 'center_loss', 'DSVTDetector', 'dsvt_waymo_pillar', 'dsvt_waymo_voxel',
-           'dsvt_nuscenes_pillar', 'dsvt_waymo_pillar_detector', 'dsvt_waymo_voxel_detector']
+           'SetAttention', 'SetLayer', 'PositionMlp', 'DSVTBlock', 'Pooled', 'pool_cells', 'gather_children',
+           'AttentionPooling', 'LinearPooling', 'MaxPooling', 'official_names', 'Stage', 'DSVT', 'ResBlock2d',
+           'BEVBackbone', 'CenterHead', 'corners', 'overlap_area', 'box_iou', 'box_ious', 'Detections', 'decode_boxes',
+           'suppress', 'decode', 'gaussian_radius', 'Targets', 'center_targets', 'focal_loss', 'upright_diou',
+           'center_loss', 'DSVTDetector', 'dsvt_waymo_pillar', 'dsvt_waymo_voxel', 'dsvt_nuscenes_pillar',
+           'dsvt_waymo_pillar_detector', 'dsvt_waymo_voxel_detector']
 
 # %% ../../nbs/05_detection/06_dsvt.ipynb #55322c39
 import math, re
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from ..kernels.set_attention import set_attention
 from ..layers.attention import attention
-from ..layers.block import Mlp, is_plain
-from ..layers.voxels import DynamicVFE, Windows, to_bev, voxel_windows
+from ..layers.block import Mlp, act_named, is_plain
+from ..layers.voxels import DynamicVFE, VoxelWindows, to_bev, voxel_windows
 from ..registry import register_model
 from ..weights import Official, known_heads, load_weights, renamed  # noqa: F401
 
@@ -50,7 +50,7 @@ def set_positions(count: Int[Tensor, 'w'],          # voxels of each window, non
     slot = number[:, None] * size + torch.arange(size, device=count.device)
     return window, (slot * count[window, None]).div((sets * size)[window, None], rounding_mode='floor')
 
-def set_partition(windows: Windows,
+def set_partition(windows: VoxelWindows,
                   keys: Sequence[Int[Tensor, 'n']],  # an order each: places inside a window, not negative
                   size: int,                         # slots of a set, tau
                  ) -> Sets:
@@ -84,7 +84,7 @@ def rotated_keys(place: Int[Tensor, 'n 3'],   # z, y, x inside the window
 # %% ../../nbs/05_detection/06_dsvt.ipynb #16567760
 class Config(NamedTuple):
     "One way to cut the voxels of a stage: windows, and sets along y and along x."
-    windows: Windows
+    windows: VoxelWindows
     sets: Sets
     window: tuple[int, int, int]    # cells in x, y, z
 
@@ -116,12 +116,6 @@ class SetAttention(nn.Module):
         c, layer = x.shape[1], self.qkv
         if not is_plain(layer, nn.Linear): return layer(placed).chunk(3, 1)[:2], layer(x).chunk(3, 1)[2]
         return F.linear(placed, layer.weight[:2 * c], layer.bias[:2 * c]).chunk(2, 1), F.linear(x, layer.weight[2 * c:], layer.bias[2 * c:])
-
-# %% ../../nbs/05_detection/06_dsvt.ipynb #f14acbee
-def act_named(name: str) -> Callable[[], nn.Module]:
-    "The layer of this name; ValueError for another than 'gelu' and 'relu'."
-    if name not in ('gelu', 'relu'): raise ValueError(f"activation must be 'gelu' or 'relu', got {name!r}")
-    return dict(gelu=nn.GELU, relu=nn.ReLU)[name]
 
 # %% ../../nbs/05_detection/06_dsvt.ipynb #dba2a5d2
 class SetLayer(nn.Module):
@@ -337,7 +331,7 @@ class DSVT(_Published, nn.Module):
                  *,
                  pooling: str = 'attention',                    # or 'linear', 'maxpool'
                  pool_heads: int = 8,                           # for 'attention'
-                 activation: str = 'gelu',                      # or 'relu'
+                 activation: str = 'gelu',                      # a key of `vitbook.layers.block.ACTIVATIONS`
                  attn_drop_rate: float = 0.,
                  normalize_pos: bool = False,                   # coordinates of the position embedding within -3.1415 … 3.1415
                  pos_bug: bool = False,                         # positions as in the published models, see DSVTBlock
@@ -362,7 +356,7 @@ class DSVT(_Published, nn.Module):
         self.windows = [[tuple(w), tuple(a * f for a, f in zip(w, hybrid_factor))] for w in windows]
         self.shifts, self.grad_checkpointing = [[tuple(s) for s in pair] for pair in shifts], grad_checkpointing
         self.stages = nn.ModuleList(
-            nn.ModuleList(DSVTBlock(d, h, round(d * r), act_named(activation), attn_drop_rate, flat=g[2] == 1, normalize_pos=normalize_pos, pos_bug=pos_bug) for _ in range(depth))
+            nn.ModuleList(DSVTBlock(d, h, round(d * r), act_named(activation, 'activation'), attn_drop_rate, flat=g[2] == 1, normalize_pos=normalize_pos, pos_bug=pos_bug) for _ in range(depth))
             for d, h, r, depth, g in zip(dims, heads, ratios, depths, self.grids))
         make = dict(attention=lambda i, v: AttentionPooling(dims[i], v, pool_heads), linear=lambda i, v: LinearPooling(dims[i], v, dims[i + 1]), maxpool=lambda i, v: MaxPooling())[pooling]
         self.pools = nn.ModuleList(make(i, math.prod(s)) for i, s in enumerate(pool_strides))
@@ -669,22 +663,42 @@ class DSVTDetector(Official, nn.Module):
                  in_chans: int = 5,                                # x, y, z, intensity, elongation
                  num_classes: int = 3,
                  vfe_dims: Sequence[int] = (192, 192),
-                 embed_dim: int = 192, depths: Sequence[int] = (4,), set_size: int | Sequence[int] = 36, windows: Sequence[Triple] = ((12, 12, 1),), hybrid_factor: Triple = (2, 2, 1),
-                 shifts: Sequence[Sequence[Triple]] = (((0, 0, 0), (6, 6, 0)),), pool_strides: Sequence[Triple] = (), num_heads: int = 8, mlp_ratio: float = 2., pooling: str = 'attention', # see DSVT
-                 pos_bug: bool = False, normalize_pos: bool = False,
-                 bev_depths: Sequence[int] = (1, 2, 2), bev_strides: Sequence[int] = (1, 2, 2), bev_dims: Sequence[int] = (128, 128, 256), # see BEVBackbone
-                 up_strides: Sequence[float] = (1, 2, 4), up_dims: Sequence[int] = (128, 128, 128),
+                 embed_dim: int = 192,                             # from here on of DSVT, see there
+                 depths: Sequence[int] = (4,),
+                 set_size: int | Sequence[int] = 36,
+                 windows: Sequence[Triple] = ((12, 12, 1),),
+                 hybrid_factor: Triple = (2, 2, 1),
+                 shifts: Sequence[Sequence[Triple]] = (((0, 0, 0), (6, 6, 0)),),
+                 pool_strides: Sequence[Triple] = (),
+                 num_heads: int = 8,
+                 mlp_ratio: float | Sequence[float] = 2.,
+                 pooling: str = 'attention',
+                 pos_bug: bool = False,
+                 normalize_pos: bool = False,
+                 bev_depths: Sequence[int] = (1, 2, 2),            # from here on of BEVBackbone, see there
+                 bev_strides: Sequence[int] = (1, 2, 2),
+                 bev_dims: Sequence[int] = (128, 128, 256),
+                 up_strides: Sequence[float] = (1, 2, 4),
+                 up_dims: Sequence[int] = (128, 128, 128),
                  head_width: int = 64):
         super().__init__()
         self.vfe = DynamicVFE(voxel_size, point_range, in_chans, vfe_dims)
-        if vfe_dims[-1] != embed_dim: raise ValueError(f'vfe_dims must end with embed_dim={embed_dim}, got {tuple(vfe_dims)}')
-        self.backbone = DSVT(self.vfe.grid, embed_dim, depths, set_size, windows, hybrid_factor, shifts, pool_strides, num_heads, mlp_ratio, pooling=pooling, pos_bug=pos_bug, normalize_pos=normalize_pos)
-        if self.backbone.grids[-1][2] != 1: raise ValueError(f'voxel_size, point_range and pool_strides must leave one cell in z, got {self.backbone.grids[-1][2]}')
+        if vfe_dims[-1] != embed_dim:
+            raise ValueError(f'vfe_dims must end with embed_dim={embed_dim}, got {tuple(vfe_dims)}')
+        self.backbone = DSVT(self.vfe.grid, embed_dim, depths, set_size, windows, hybrid_factor,
+                             shifts, pool_strides, num_heads, mlp_ratio, pooling=pooling,
+                             pos_bug=pos_bug, normalize_pos=normalize_pos)
+        if self.backbone.grids[-1][2] != 1:
+            raise ValueError('voxel_size, point_range and pool_strides must leave one cell in z, '
+                             f'got {self.backbone.grids[-1][2]}')
         self.bev = BEVBackbone(embed_dim, bev_depths, bev_strides, bev_dims, up_strides, up_dims)
         self.head = CenterHead(self.bev.num_features, num_classes, head_width)
         self.num_classes, self.in_chans, self.low = num_classes, in_chans, tuple(point_range[:2])
-        out = bev_strides[0] / (up_strides[0] if up_strides else 1)                      # cells of the BEV map in one of the head's
-        self.cell = tuple((b - a) / n * out for a, b, n in zip(point_range[:2], point_range[3:5], self.backbone.grids[-1][:2]))
+        # cells of the BEV map in one of the head's
+        out = bev_strides[0] / (up_strides[0] if up_strides else 1)
+        self.cell = tuple(
+            (b - a) / n * out
+            for a, b, n in zip(point_range[:2], point_range[3:5], self.backbone.grids[-1][:2]))
 
     def forward(self,
                 points: Float[Tensor, 'p f'],          # scene, x, y, z, …
@@ -693,7 +707,8 @@ class DSVTDetector(Official, nn.Module):
         x, coords = self.backbone(*self.vfe(points))
         return self.head(self.bev(to_bev(x, coords, self.backbone.grids[-1], scenes)))
 
-    def targets(self, boxes: Float[Tensor, 'm 7'], labels: Int[Tensor, 'm'], size: tuple[int, int]) -> Targets:
+    def targets(self, boxes: Float[Tensor, 'm 7'], labels: Int[Tensor, 'm'],
+                size: tuple[int, int]) -> Targets:
         "What the head is to say about a scene; `size` is rows, columns of its maps."
         return center_targets(boxes, labels, self.num_classes, size, self.cell, self.low)
 
@@ -703,14 +718,47 @@ class DSVTDetector(Official, nn.Module):
 
     @staticmethod
     def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        "The entries of an official CenterPoint detector under the names of ours; counters of its training are left out."
-        parts = ((r'^vfe\.pfn_layers\.', 'vfe.layers.'), (r'^backbone_2d\.', 'bev.'), (r'^dense_head\.heads_list\.0\.', 'head.outputs.'), (r'^dense_head\.', 'head.'))
+        """The entries of an official CenterPoint detector under the names of ours.
+
+        Counters of its training are left out."""
+        parts = ((r'^vfe\.pfn_layers\.', 'vfe.layers.'), (r'^backbone_2d\.', 'bev.'),
+                 (r'^dense_head\.heads_list\.0\.', 'head.outputs.'), (r'^dense_head\.', 'head.'))
         found = {f'backbone.{k}': v for k, v in official_names(state_dict).items()} if any(k.startswith('backbone_3d.') for k in state_dict) else {}
-        for old, new in parts: found |= {re.sub(old, new, k): v for k, v in state_dict.items() if re.match(old, k) and not (old == r'^dense_head\.' and k.startswith('dense_head.heads_list.0.'))}
+        for old, new in parts:
+            found |= {re.sub(old, new, k): v for k, v in state_dict.items() if re.match(old, k) and not (old == r'^dense_head\.' and k.startswith('dense_head.heads_list.0.'))}
         return found
 
+    @staticmethod
+    def official_arguments(
+        state_dict: Mapping[str, Tensor],
+        num_heads: int | None = None,       # weights do not tell it: 8 in the published models
+    ) -> dict[str, Any]:
+        """Widths, depths and classes.
+
+        The range, sets, windows and strides are the constructor's defaults."""
+        sd, backbone = DSVTDetector.official_names(state_dict), DSVT.official_arguments(state_dict, num_heads)
+        dims = set(backbone.pop('embed_dim'))
+        if len(dims) > 1:
+            raise ValueError('state_dict must be of a detector with one width in all stages, got '
+                             f'{sorted(dims)}')
+        told = lambda name: [sd[k] for i in range(len(sd)) if (k := name.format(i)) in sd]
+        points, blocks, ups = (told(name) for name in (
+            'vfe.layers.{}.linear.weight', 'bev.blocks.{}.0.conv1.weight', 'bev.deblocks.{}.0.weight'))
+        bev_dims = [w.shape[0] for w in blocks]
+        depths = [len({k.split('.')[3] for k in sd if k.startswith(f'bev.blocks.{i}.')}) - 1
+                  for i in range(len(blocks))]
+        # enlarged or not
+        up_dims = [w.shape[1] if w.shape[0] == dim else w.shape[0] for w, dim in zip(ups, bev_dims)]
+        heat = [v for k, v in sd.items()
+                if k.startswith('head.outputs.hm.') and k.endswith('.bias')][-1]
+        return backbone | dict(
+            in_chans=points[0].shape[1] - 6, vfe_dims=[2 * w.shape[0] for w in points[:-1]] + [points[-1].shape[0]],
+            num_classes=len(heat), embed_dim=dims.pop(), bev_dims=bev_dims, bev_depths=depths, up_dims=up_dims,
+            head_width=sd['head.shared_conv.0.weight'].shape[0])
+
     @torch.no_grad()
-    def detect(self, points: Float[Tensor, 'p f'], scenes: int | None = None, **options: Any) -> list[Detections]:
+    def detect(self, points: Float[Tensor, 'p f'], scenes: int | None = None,
+               **options: Any) -> list[Detections]:
         "Boxes of each scene; options of `decode`."
         return decode(self(points, scenes), self.cell, self.low, **options)
 

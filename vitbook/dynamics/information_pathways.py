@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Generators', 'FORMS', 'keys_for_mass', 'agreement', 'draw', 'rows_of', 'sample_keys', 'gather_keys', 'gather_tokens',
            'full', 'gather_columns', 'attention_and_own', 'diagonal', 'subsampled_attention', 'source_keep',
-           'source_dropout_attention', 'Windows', 'grid_and_window', 'local_order', 'local_windows', 'pair_matrix',
+           'source_dropout_attention', 'LocalWindows', 'grid_and_window', 'local_order', 'local_windows', 'pair_matrix',
            'gather_pairs', 'locally_biased_attention', 'Sampling', 'in_backward', 'subsampled_self_attention',
            'SubsampledAttention', 'subsampled', 'log_mean_exp', 'sub_networks', 'ensemble', 'SSAVisionTransformer',
            'ssa_vit_tiny_patch16_224', 'ssa_vit_small_patch16_224', 'ssa_vit_base_patch16_224',
@@ -200,7 +200,7 @@ def source_dropout_attention(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g 
     return attention(q, k, v, bias=bias, mask=keep if mask is None else keep & mask, causal=causal, scale=scale, dropout_p=dropout_p)
 
 # %% ../../nbs/01_dynamics/04_information_pathways.ipynb #e303ebe2
-class Windows(NamedTuple):
+class LocalWindows(NamedTuple):
     "Which queries meet which keys: block m of queries attends to block m of keys."
     queries: Int[Tensor, 's m w']  # tokens of each block, in place; s = 1, or one row for each sample if the blocks were moved
     keys: Int[Tensor, 'r m w']     # those of the shuffled source
@@ -238,7 +238,7 @@ def local_order(size: int | tuple[int, int],      # n of a sequence, or rows and
 
 def local_windows(size: int | tuple[int, int], window: int | tuple[int, int], sigma: float = 0., batch: int = 1, *,
                   shift: bool | tuple[int, int] = False, # True: drawn, less than a window; or so many rows and columns
-                  per_sample: bool = True, generator: Generators = None, device: torch.device | str | None = None) -> Windows:
+                  per_sample: bool = True, generator: Generators = None, device: torch.device | str | None = None) -> LocalWindows:
     "Blocks of queries in place and blocks of the shuffled source below them; what the blocks at the border lack is padding."
     (H, W), (p, q) = grid_and_window(size, window)
     need, move = rows_of(batch, per_sample, generator), None
@@ -253,9 +253,9 @@ def local_windows(size: int | tuple[int, int], window: int | tuple[int, int], si
     real = torch.arange(p * q, device=device) < count[:, None]
     at = ((count.cumsum(0) - count)[:, None] + torch.arange(p * q, device=device)).where(real, 0)
     each = lambda t: t if len(t) in (1, batch) else t.repeat_interleave(batch // len(t), 0)
-    return Windows(each(queries[:, at]), each(keys[:, at]), real)
+    return LocalWindows(each(queries[:, at]), each(keys[:, at]), real)
 
-def pair_matrix(windows: Windows, n: int) -> Bool[Tensor, 'r n n']:
+def pair_matrix(windows: LocalWindows, n: int) -> Bool[Tensor, 'r n n']:
     "True where a query meets a key: the windows as a mask of dense attention."
     q, k = (t.where(windows.real, n) for t in windows[:2])
     r = max(len(q), len(k))
@@ -286,7 +286,7 @@ def locally_biased_attention(q: Float[Tensor, 'b h n d'],
                              scale: float | None = None, dropout_p: float = 0.,
                              always: int = 0,                              # so many first tokens stand before the grid: every query sees them, they see everything
                              per_sample: bool = True, generator: Generators = None,
-                             windows: Windows | None = None,               # given instead of drawn
+                             windows: LocalWindows | None = None,               # given instead of drawn
                             ) -> Float[Tensor, 'b h n e']:
     """Locally biased SSA: windows of queries in place, over a source that was shuffled a little. ValueError if `size` does not hold the tokens.
 

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['Grid', 'PIXEL_MEAN', 'PIXEL_STD', 'smart_resize', 'to_patches', 'from_patches', 'check_grids', 'prepare',
-           'sample_frames', 'frame_pixels', 'patch_positions', 'axial_angles', 'frequencies', 'rotate', 'window_order',
-           'frame_ends', 'Layout', 'PatchAttention', 'PatchBlock', 'PatchMerger', 'init_weights', 'OfficialQwen',
-           'Qwen25Vision', 'vision_ids', 'as_mask', 'mrope_ids', 'mrope_angles', 'rope_speeds', 'Cache',
-           'GroupedAttention', 'TextBlock', 'Qwen25Decoder', 'Qwen25VL', 'official_names', 'official_arguments',
-           'from_official', 'qwen25_vl_3b', 'qwen25_vl_7b', 'qwen25_vl_72b', 'qwen25_vl_3b_vision',
-           'qwen25_vl_7b_vision', 'qwen25_vl_72b_vision']
+           'sample_frames', 'frame_pixels', 'patch_positions', 'axial_angles', 'window_order', 'frame_ends', 'Layout',
+           'PatchAttention', 'PatchBlock', 'PatchMerger', 'init_weights', 'OfficialQwen', 'Qwen25Vision', 'vision_ids',
+           'as_mask', 'mrope_ids', 'mrope_angles', 'rope_speeds', 'Cache', 'GroupedAttention', 'TextBlock',
+           'Qwen25Decoder', 'Qwen25VL', 'official_names', 'official_arguments', 'from_official', 'qwen25_vl_3b',
+           'qwen25_vl_7b', 'qwen25_vl_72b', 'qwen25_vl_3b_vision', 'qwen25_vl_7b_vision', 'qwen25_vl_72b_vision']
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #c7799b4b
 import functools, math
@@ -20,11 +19,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
-from ..kernels.entropy_attention import widened
 from ..kernels.packed_attention import kept, packed_attention
 from ..layers.attention import attention
-from ..layers.block import GatedMlp
+from ..layers.block import GatedMlp, act_named
 from ..layers.norm import RMSNorm
+from ..layers.position import frequencies, hands_kept, mixed, ntk_base, rotate_halves, yarn_sharpness
 from ..registry import register_model
 from ..weights import Official, renamed
 
@@ -142,20 +141,8 @@ def patch_positions(grids: Sequence[Grid], merge_size: int = 2) -> Int[Tensor, '
 def axial_angles(positions: Int[Tensor, 'n 2'], head_dim: int, theta: float = 10000.) -> Float[Tensor, 'n k']: # k = head_dim / 2
     "Angles of 2-D rotary positions: a quarter of the head's width turns with the row, at falling speeds, the next with the column. Source: arXiv:2502.13923, sec. 2.1."
     if head_dim % 4: raise ValueError(f'head_dim must be a multiple of 4, got {head_dim}')
-    return (positions[..., None] * frequencies(head_dim // 2, theta).to(positions.device)).flatten(1)
-
-def frequencies(dim: int, theta: float = 10000.) -> Float[Tensor, 'k']:
-    "theta^(-2k/dim) for k = 0 … dim/2 - 1."
-    return 1. / theta ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)
-
-# %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #43bd0a66
-def rotate(x: Float[Tensor, '*b d'],   # queries or keys
-           cos: Float[Tensor, '*#b k'], # k = d / 2
-           sin: Float[Tensor, '*#b k'],
-          ) -> Float[Tensor, '*b d']:
-    "Turn channel i and channel i + d/2 together, as one pair, by their angle. Computed in float32 or better. Source: arXiv:2104.09864, eq. 34, with halves for neighbours."
-    a, b = widened(x).chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    speeds = frequencies(head_dim // 2, theta, torch.float).to(positions.device)
+    return (positions[..., None] * speeds).flatten(1)
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #7eca5e92
 def window_order(grids: Sequence[Grid],
@@ -213,7 +200,7 @@ class PatchAttention(nn.Module):
                 ends: Sequence[int],       # of the segments
                ) -> Float[Tensor, 'n c']:
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, x.shape[1] // self.num_heads)).unbind(1)
-        return self.proj(packed_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, ends, backend=self.backend).flatten(1))
+        return self.proj(packed_attention(rotate_halves(q, cos, sin), rotate_halves(k, cos, sin), v, ends, backend=self.backend).flatten(1))
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #5ee44ef9
 class PatchBlock(nn.Module):
@@ -404,7 +391,7 @@ def rope_speeds(dim: int,
                 reach: int = 0,                           # one more than the largest id, for those that change with the length of a text
                ) -> tuple[Float[Tensor, 'k'], float]:
     "Speeds of the pairs and a factor for cos and sin, scaled for long texts: 'linear', 'dynamic', 'yarn' (arXiv:2309.00071), 'longrope' (arXiv:2402.13753), 'llama3'. ValueError for another type, or if a number is missing."
-    scaling, base = scaling or {}, frequencies(dim, theta)
+    scaling, base = scaling or {}, frequencies(dim, theta, torch.float)
     kind = scaling.get('rope_type', scaling.get('type', 'default'))
     if kind not in _SCALINGS: raise ValueError(f"the type of scaling must be one of {', '.join(_SCALINGS)}, got {kind!r}")
     missing = [k for k in _SCALINGS[kind] if scaling.get(k) is None]
@@ -412,7 +399,9 @@ def rope_speeds(dim: int,
     if kind in ('default', 'mrope'): return base, 1.
     factor, length, given = scaling['factor'], scaling.get('original_max_position_embeddings'), scaling.get('attention_factor')
     if kind == 'linear': return base / factor, 1.
-    if kind == 'dynamic': return frequencies(dim, theta * (factor * max(reach, length) / length - factor + 1) ** (dim / (dim - 2))), 1.
+    if kind == 'dynamic':
+        longer = factor * max(reach, length) / length - factor + 1
+        return frequencies(dim, ntk_base(longer, dim, theta), torch.float), 1.
     if kind == 'longrope':
         each = scaling['long_factor' if reach > length else 'short_factor']
         if len(each) != dim // 2: raise ValueError(f'short_factor and long_factor must have a number for each of the {dim // 2} pairs, got {len(each)}')
@@ -423,14 +412,13 @@ def rope_speeds(dim: int,
         smooth = (length / waves - scaling['low_freq_factor']) / (scaling['high_freq_factor'] - scaling['low_freq_factor'])
         between = (1 - smooth) * base / factor + smooth * base
         return torch.where(waves > low, base / factor, torch.where(waves < high, base, between)), 1.
-    place = lambda turns: dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))          # the pair that turns this often within `length`
-    first, last = place(scaling.get('beta_fast') or 32), place(scaling.get('beta_slow') or 1)
-    if scaling.get('truncate', True): first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, dim - 1)
-    slow = ((torch.arange(dim // 2) - first) / ((last - first) or .001)).clamp(0, 1)
-    grown = lambda m: .1 * m * math.log(factor) + 1 if factor > 1 else 1.
+    kept = hands_kept(dim, length, scaling.get('beta_fast') or 32, scaling.get('beta_slow') or 1, theta,
+                      whole=scaling.get('truncate', True))
+    speeds = mixed(base / factor, base, kept)
+    if given is not None: return speeds, float(given)
     m, all_dim = scaling.get('mscale'), scaling.get('mscale_all_dim')
-    return base / factor * slow + base * (1 - slow), float(given if given is not None else grown(m) / grown(all_dim) if m and all_dim else grown(1.))
+    if not (m and all_dim): return speeds, yarn_sharpness(factor)
+    return speeds, yarn_sharpness(factor, .1 * m) / yarn_sharpness(factor, .1 * all_dim)
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #737c48af
 class Cache:
@@ -478,7 +466,7 @@ class GroupedAttention(nn.Module):
                 block: int = 0,                                # whose part of the cache
                ) -> Float[Tensor, 'b n c']:
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v))    # b h n d
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)
         if cache is not None: k, v = cache.extend(block, k, v)
         if ends is not None: out = packed_attention(*(y[0].transpose(0, 1) for y in (q, k, v)), ends, causal=True, backend=self.backend).transpose(0, 1)[None]
         else: out = attention(q, k, v, mask=mask, causal=True)
@@ -702,16 +690,6 @@ def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = renamed({k: v for k, v in state_dict.items() if not any(x in k for x in computed)}, _NAMES)
     return {k: v.flatten(1) if k.endswith('patch_embed.weight') else v for k, v in found.items()}
 
-class _QuickGELU(nn.Module):
-    def forward(self, x: Tensor) -> Tensor: return x * (1.702 * x).sigmoid()
-
-_ACTS = {'silu': nn.SiLU, 'swish': nn.SiLU, 'gelu': nn.GELU, 'relu': nn.ReLU, 'relu6': nn.ReLU6, 'leaky_relu': nn.LeakyReLU, 'mish': nn.Mish, 'tanh': nn.Tanh, 'sigmoid': nn.Sigmoid, 'quick_gelu': _QuickGELU,
-         'gelu_pytorch_tanh': functools.partial(nn.GELU, approximate='tanh'), 'gelu_new': functools.partial(nn.GELU, approximate='tanh'), 'gelu_fast': functools.partial(nn.GELU, approximate='tanh')}
-
-def _act(name: str) -> Callable[[], nn.Module]:
-    if name not in _ACTS: raise ValueError(f'hidden_act must be one of {", ".join(_ACTS)}, got {name!r}')
-    return _ACTS[name]
-
 def official_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     "Arguments of Qwen25VL, Qwen25Vision or Qwen25Decoder from transformers' configuration of the whole model, of its tower, or of its language model; what it leaves out is transformers' default."
     renamed = lambda c, names, defaults: {ours: c[theirs] if c.get(theirs) is not None else defaults[theirs] for theirs, ours in names.items() if c.get(theirs) is not None or theirs in defaults}
@@ -734,13 +712,13 @@ def official_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         slides = config.get('use_sliding_window', False) and config.get('sliding_window', 4096) is not None
         types = config.get('layer_types') or ['full_attention' if i < (80 if config.get('max_window_layers') is None else config['max_window_layers']) else 'sliding_attention' for i in range(got['depth'])]
         kv = config.get('num_key_value_heads', 8)
-        return got | dict(num_kv_heads=got['num_heads'] if kv is None else kv, act_layer=_act(config.get('hidden_act', 'silu')), sections=tuple(rope.get('mrope_section', (16, 24, 24))),
+        return got | dict(num_kv_heads=got['num_heads'] if kv is None else kv, act_layer=act_named(config.get('hidden_act', 'silu'), 'hidden_act'), sections=tuple(rope.get('mrope_section', (16, 24, 24))),
                           rope_theta=float(config.get('rope_theta') or rope.get('rope_theta') or 1e6), rope_scaling={k: v for k, v in rope.items() if k not in ('mrope_section', 'rope_theta')} or None,
                           sliding_window=config.get('sliding_window', 4096) if slides else None, sliding_blocks=tuple(i for i, kind in enumerate(types) if kind == 'sliding_attention'))
     names = dict(depth='depth', hidden_size='embed_dim', intermediate_size='mlp_hidden', num_heads='num_heads', patch_size='patch_size', spatial_merge_size='merge_size', temporal_patch_size='temporal_patch_size',
                  window_size='window_size', out_hidden_size='out_dim', fullatt_block_indexes='full_blocks')
     got = renamed(config, names, dict(depth=32, hidden_size=3584, intermediate_size=3420, num_heads=16, patch_size=14, spatial_merge_size=2, temporal_patch_size=2, window_size=112, out_hidden_size=3584, fullatt_block_indexes=(7, 15, 23, 31)))
-    return got | dict(in_chans=config.get('in_channels', config.get('in_chans', 3)), act_layer=_act(config.get('hidden_act', 'silu')))
+    return got | dict(in_chans=config.get('in_channels', config.get('in_chans', 3)), act_layer=act_named(config.get('hidden_act', 'silu'), 'hidden_act'))
 
 def from_official(state_dict: Mapping[str, Tensor], # of transformers' model, its tower, or its language model
                   config: Mapping[str, Any],        # its configuration, as config.json has it

@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from .. import see
 from ..data.timeseries import Windows, evaluate
 from ..kernels.entropy_attention import as_written, widened
 from ..layers.attention import attention
 from ..layers.block import Block, Mlp, is_plain
 from ..layers.norm import deviation, unit
+from ..probe import recording
 from ..registry import register_model
 from ..weights import Official, joined, renamed
 from ..train import batches, fit
@@ -284,7 +284,7 @@ class ITransformer(Official, nn.Module):
     def attention_maps(self, x: Float[Tensor, 'b t n'], x_mark: Float[Tensor, 'b t c'] | None = None) -> list[Float[Tensor, 'b h m m']]:
         "The softmax weights of every layer. ValueError for kinds of attention that have none."
         if self.attn not in ('full', 'flash'): raise ValueError(f"attn={self.attn!r} has no weights to show; 'full' and 'flash' have")
-        with see.recording(self) as seen: self(x, x_mark)
+        with recording(self) as seen: self(x, x_mark)
         return seen.weights
 
     @staticmethod

@@ -438,10 +438,10 @@ def test_gradients_are_right():
 
 
 def test_half_precision_and_recording():
-    from vitbook import see
+    from vitbook.probe import recording
     model, x = small(), torch.randn(2, 3, 32, 32)
     with torch.no_grad(): assert_close(copy.deepcopy(model).bfloat16()(x.bfloat16()).float(), model(x), atol=.15, rtol=.1)
-    with see.recording(model) as rec: model(x)
+    with recording(model) as rec: model(x)
     assert [tuple(w.shape) for w in rec.weights] == [(2, 1, 64, 16), (2, 2, 16, 4), (2, 3, 5, 2), (2, 3, 5, 2)]
 
 

@@ -9,9 +9,10 @@ from hypothesis import given, strategies as st
 from torch import nn
 from torch.testing import assert_close
 
+from vitbook.data import lidar_scene
 from vitbook.detection import dsvt as D
 from vitbook.kernels.set_attention import naive_set_attention
-from vitbook.layers.voxels import lidar_scene, voxel_windows
+from vitbook.layers.voxels import voxel_windows
 from vitbook.registry import create_model, list_models, model_info
 
 SMALL = dict(grid=(24, 24, 1), embed_dim=16, num_heads=2, depths=(2,), set_size=5, windows=((6, 6, 1),), shifts=(((0, 0, 0), (3, 3, 0)),))
@@ -373,25 +374,70 @@ def test_initial_weights():
     assert not layer.attn.qkv.bias.any() and not layer.attn.proj.bias.any() and not pool.kv.bias.any() and layer.mlp.fc1.bias.any()
 
 
-def test_official_names_round_trip():
-    "What the names say of the official layout, by a state under those names."
-    model, back = noisy(D.DSVT(**DEEP)), {}
+def official_layout(model):
+    "The state of a backbone of ours under the official names."
+    back = {}
     for name, v in model.state_dict().items():
         parts = name.split('.')
-        if parts[0] == 'stages' and parts[3] == 'pos': name = f'input_layer.posembed_layers.{parts[1]}.{parts[2]}.{parts[4]}.position_embedding_head.' + '.'.join(parts[6:])
-        elif parts[0] == 'stages' and parts[3] == 'norm': name = f'residual_norm_stage_{parts[1]}.{parts[2]}.{parts[4]}'
+        if parts[0] == 'stages' and parts[3] == 'pos':
+            name = f'input_layer.posembed_layers.{parts[1]}.{parts[2]}.{parts[4]}.position_embedding_head.' + '.'.join(parts[6:])
+        elif parts[0] == 'stages' and parts[3] == 'norm':
+            name = f'residual_norm_stage_{parts[1]}.{parts[2]}.{parts[4]}'
         elif parts[0] == 'stages':
             inner = '.'.join(parts[5:]).replace('attn.qkv.', 'win_attn.self_attn.in_proj_').replace('attn.proj', 'win_attn.self_attn.out_proj').replace('mlp.fc', 'win_attn.linear')
-            name = f'stage_{parts[1]}.{parts[2]}.encoder_list.{parts[4]}.' + ('win_attn.' + inner if inner.startswith(('norm1', 'norm2')) else inner)
+            name = f'stage_{parts[1]}.{parts[2]}.encoder_list.{parts[4]}.' + (
+                'win_attn.' + inner if inner.startswith(('norm1', 'norm2')) else inner)
         else:
             if parts[2] == 'q': v = torch.cat([v, model.state_dict()[name.replace('.q.', '.kv.')]])
             if parts[2] == 'kv': continue
-            name = f'stage_{parts[1]}_reduction.' + {'pos': 'pos_embedding', 'q': f'self_attn.in_proj_{parts[-1]}', 'proj': f'self_attn.out_proj.{parts[-1]}', 'norm': f'norm.{parts[-1]}'}[parts[2]]
+            name = f'stage_{parts[1]}_reduction.' + {'pos': 'pos_embedding',
+                                                     'q': f'self_attn.in_proj_{parts[-1]}',
+                                                     'proj': f'self_attn.out_proj.{parts[-1]}',
+                                                     'norm': f'norm.{parts[-1]}'}[parts[2]]
         back[name] = v
+    return back
+
+
+def test_official_names_round_trip():
+    "What the names say of the official layout, by a state under those names."
+    model = noisy(D.DSVT(**DEEP))
+    back = official_layout(model)
     twin, (x, coords) = D.DSVT(**DEEP).from_official(back), scene(90, DEEP['grid'])
     assert_close(twin(x, coords)[0], model.eval()(x, coords)[0], atol=0, rtol=0)
-    D.DSVT(**DEEP).from_official({f'backbone_3d.{k}': v for k, v in back.items()} | {'dense_head.x': torch.zeros(1)})
-    with pytest.raises(ValueError, match='missing'): D.DSVT(**DEEP).from_official({k: v for k, v in back.items() if 'linear1' not in k})
+    D.DSVT(**DEEP).from_official({f'backbone_3d.{k}': v
+                                  for k, v in back.items()} | {'dense_head.x': torch.zeros(1)})
+    with pytest.raises(ValueError, match='missing'):
+        D.DSVT(**DEEP).from_official({k: v for k, v in back.items() if 'linear1' not in k})
+
+
+@pytest.mark.parametrize('more', [
+    {}, dict(in_chans=4, num_classes=5, head_width=12), dict(vfe_dims=(16,), mlp_ratio=3.),
+    dict(bev_depths=(2, 0), bev_dims=(8, 12), up_strides=(.5, 1), up_dims=(6, 10)), dict(bev_strides=(1, 1), up_strides=(), up_dims=())],
+    ids=lambda m: ' '.join(m) or 'plain')
+def test_a_detector_is_made_from_its_weights(more):
+    "Sizes are read off a state under the official names; strides, windows and the range are said."
+    size = dict(voxel_size=(1., 1., 6.), point_range=(-12., -12., -2., 12., 12., 4.), set_size=6, windows=((6, 6, 1),),
+                shifts=(((0, 0, 0), (3, 3, 0)),), bev_strides=(1, 2), up_strides=(1, 2))
+    told = dict(vfe_dims=(16, 16), embed_dim=16, depths=(2,), num_heads=2, bev_depths=(1, 1), bev_dims=(8, 8),
+                up_dims=(8, 8), head_width=8)
+    said = {k: more.get(k, v) for k, v in size.items()}
+    model = noisy(D.DSVTDetector(**said | told | more)).eval()
+    state = {f'backbone_3d.{k}': v
+             for k, v in official_layout(model.backbone).items()} | {'global_step': torch.zeros(1)}
+    for name, v in model.state_dict().items():
+        for ours, theirs in (('vfe.layers.', 'vfe.pfn_layers.'), ('bev.', 'backbone_2d.'),
+                             ('head.outputs.', 'dense_head.heads_list.0.'), ('head.', 'dense_head.')):
+            if name.startswith(ours):
+                state[theirs + name.removeprefix(ours)] = v
+                break
+    twin = D.DSVTDetector.from_official(state, num_heads=2, **said)
+    points = torch.cat(
+        [torch.zeros(90, 1), torch.rand(90, 3) * 20 - 10, torch.rand(90, twin.in_chans - 3)], 1)
+    points[:, 3] = points[:, 3].clamp(-1.9, 3.9)
+    for name, want in model(points).items(): assert_close(twin(points)[name], want, atol=0, rtol=0)
+    with pytest.raises(ValueError, match='num_heads'): D.DSVTDetector.from_official(state, **said)
+    with pytest.raises(ValueError, match='no DSVT'):
+        D.DSVTDetector.from_official({'conv.weight': torch.zeros(1)})
 
 
 @pytest.mark.parametrize('options, message', [

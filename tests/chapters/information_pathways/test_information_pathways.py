@@ -330,8 +330,8 @@ def test_an_error_inside_the_model_leaves_the_thread_clean():
 
 def seen_keys(model, x):
     "How many keys the attention of each layer had."
-    from vitbook import see
-    with see.recording(model) as rec: model(x)
+    from vitbook.probe import recording
+    with recording(model) as rec: model(x)
     return [w.shape[-1] for w in rec.weights]
 
 

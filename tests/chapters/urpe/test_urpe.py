@@ -646,7 +646,7 @@ def test_block_is_the_layer_of_the_theory():
     join = lambda W: W.permute(0, 2, 1).reshape(d, d)
     block.load_state_dict({'attn.qkv.weight': torch.cat([join(Wq) * (d // h) ** .5, join(Wk), join(Wv)]), 'attn.proj.weight': Wo.reshape(d, d).T, 'fc1.weight': W1.T, 'fc2.weight': W2.T})
     assert_close(block(X, bias=B, factor=C), Y)
-    for wrong, match in [(dict(act='swish'), 'act must'), (dict(norm_position='sandwich'), 'norm_position')]:
+    for wrong, match in [(dict(act='swoosh'), 'act must'), (dict(norm_position='sandwich'), 'norm_position')]:
         with pytest.raises(ValueError, match=match): U.URPEBlock(8, 2, **wrong)
 
 
