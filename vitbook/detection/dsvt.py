@@ -83,7 +83,7 @@ def rotated_keys(place: Int[Tensor, 'n 3'],   # z, y, x inside the window
 
 # %% ../../nbs/05_detection/06_dsvt.ipynb #16567760
 class Config(NamedTuple):
-    "One way to cut the voxels of a stage: windows, and their sets in both orders, bands along x and bands along y."
+    "One way to cut the voxels of a stage: windows, and their sets as bands along x and as bands along y."
     windows: Windows
     sets: Sets
     window: tuple[int, int, int]    # cells in x, y, z
@@ -125,7 +125,7 @@ def act_named(name: str) -> Callable[[], nn.Module]:
 
 # %% ../../nbs/05_detection/06_dsvt.ipynb #dba2a5d2
 class SetLayer(nn.Module):
-    "Set attention and an MLP, each with a residual connection and a norm behind it, and one more around both."
+    "Set attention and an MLP, each with a residual connection and a norm behind it, and one around both."
     def __init__(self, dim: int, num_heads: int = 8, hidden_dim: int | None = None, act_layer: Callable[[], nn.Module] = nn.GELU, attn_drop: float = 0., proj_drop: float = 0.):
         super().__init__()
         self.attn, self.mlp = SetAttention(dim, num_heads, attn_drop), Mlp(dim, hidden_dim or 2 * dim, act_layer=act_layer)
@@ -301,7 +301,9 @@ class _Published(Official):
         state_dict: Mapping[str, Tensor],
         num_heads: int | None = None,       # weights do not tell it: 8 in the published models
     ) -> dict[str, Any]:
-        "Widths, depths, MLPs, and how stages are pooled, with positions as published models have them (`pos_bug`); grids, sets and windows are the constructor's defaults."
+        """Widths, depths, MLPs, and how stages are pooled, with positions as published models have them (`pos_bug`).
+
+        Grids, sets and windows are the constructor's defaults."""
         sd = official_names(state_dict)
         firsts = [sd[k] for i in range(len(sd)) if (k := f'stages.{i}.0.layers.0.mlp.fc1.weight') in sd]
         if not firsts: raise ValueError(f'state_dict is of no DSVT: it has no stages, but {", ".join(list(state_dict)[:3])}')
@@ -422,7 +424,7 @@ class DSVT(_Published, nn.Module):
 
 # %% ../../nbs/05_detection/06_dsvt.ipynb #d199ecaa
 class ResBlock2d(nn.Module):
-    "Two 3x3 convolutions with norms and a residual connection, which has a 1x1 convolution where `project` says so."
+    "Two 3x3 convolutions with norms and a residual connection, on it a 1x1 convolution if `project`."
     def __init__(self, in_chans: int, out_chans: int, stride: int = 1, project: bool = False):
         super().__init__()
         norm = lambda: nn.BatchNorm2d(out_chans, eps=1e-3, momentum=.01)
@@ -595,10 +597,10 @@ def decode(maps: Mapping[str, Tensor], cell: Sequence[float], low: Sequence[floa
 def gaussian_radius(length: Float[Tensor, 'm'], width: Float[Tensor, 'm'], overlap: float = .1,
                     official: bool = False,   # the official code's numbers, which are no such distance
                    ) -> Float[Tensor, 'm']:
-    """How far, in cells, both corners of a box may move until its overlap with the old one falls to `overlap`: the smallest of three cases.
+    """How far, in cells, both corners of a box may move until its overlap with the old one falls to `overlap`.
 
-    The box moved, shrunk on all sides, or grown on all sides: each a quadratic equation. The official code takes
-    its larger root and leaves out the division by the leading coefficient. Source: arXiv:1808.01244, sec. 3.2."""
+    The smallest of three cases: the box moved, shrunk on all sides, or grown on all sides, each a quadratic
+    equation. The official code takes its larger root, undivided by the leading coefficient. Source: arXiv:1808.01244, sec. 3.2."""
     total, area = length + width, length * width
     def root(a, b, c, sign):
         spread = (b * b - 4 * a * c).clamp(min=0).sqrt()
@@ -620,7 +622,8 @@ def center_targets(boxes: Float[Tensor, 'm 7'], labels: Int[Tensor, 'm'], num_cl
                    official_radius: bool = False) -> Targets:
     """What a CenterHead is to say about a scene; `size` is rows, columns of its map.
 
-    Boxes without size (padding) or with their centre outside the map are left out; `official_radius` is `gaussian_radius`'s. ValueError if a number of a box is not finite, or a label none of the classes. Source: arXiv:2006.11275, sec. 4."""
+    Boxes without size (padding) or with their centre outside the map are left out; `official_radius` is
+    `gaussian_radius`'s. ValueError if a number of a box is not finite, or a label none of the classes. Source: arXiv:2006.11275, sec. 4."""
     if not boxes.isfinite().all(): raise ValueError(f'boxes must be finite, got {(~boxes.isfinite()).any(1).sum().item()} of {len(boxes)} with nan or infinity')
     edge = boxes.new_tensor([[low[0], low[1]], [low[0] + size[1] * cell[0], low[1] + size[0] * cell[1]]])
     counts = (boxes[:, 3:6] > 0).all(1) & (boxes[:, :2] >= edge[0]).all(1) & (boxes[:, :2] <= edge[1]).all(1)
@@ -630,7 +633,8 @@ def center_targets(boxes: Float[Tensor, 'm 7'], labels: Int[Tensor, 'm'], num_cl
     at = ((boxes[:, :2] - boxes.new_tensor(list(low[:2]))) / step).clamp(min=0)
     at = torch.minimum(at, at.new_tensor([cols - .5, rows - .5]))
     place = at.long()
-    radius = gaussian_radius(*(boxes[:, 3:5] / step).unbind(1), overlap, official_radius).long().clamp(min=min_radius)
+    radius = gaussian_radius(*(boxes[:, 3:5] / step).unbind(1), overlap,
+        official_radius).long().clamp(min=min_radius)
     y, x = torch.meshgrid(torch.arange(rows, device=boxes.device), torch.arange(cols, device=boxes.device), indexing='ij')
     heat = boxes.new_zeros(num_classes, rows, cols)
     for (px, py), r, label in zip(place.tolist(), radius.tolist(), labels.tolist()):
