@@ -33,7 +33,10 @@ def budget_size(height: int,
                 budget: int,          # side of the largest square; height * width stays at or below its square
                 multiple: int = 16,   # pixels of a token: the encoder's reduction times the patch
                ) -> tuple[int, int]:
-    "The size a picture is brought to before it is cut into tokens: its aspect kept, its area within the budget, both sides floored to whole tokens. Source: arXiv:2402.12376, sec. 3.1, with its code's rule for tiny sides."
+    """The size a picture is brought to before it is cut into tokens: its aspect kept, its area within the budget.
+
+    Both sides are then floored to whole tokens. ValueError for a picture so thin that no such size has a token a
+    side. Source: arXiv:2402.12376, sec. 3.1, with its code's rule for tiny sides."""
     if min(height, width, multiple) < 1 or budget < multiple: raise ValueError(f'height, width and multiple must be positive and budget at least multiple, got {height}x{width}, multiple={multiple}, budget={budget}')
     h, w = height, width
     if w * h >= budget ** 2:
@@ -42,7 +45,8 @@ def budget_size(height: int,
     elif w < multiple: h, w = multiple * height / width, multiple
     elif h < multiple: h, w = multiple, multiple * width / height
     h, w = int(h / multiple) * multiple, int(w / multiple) * multiple
-    if not h or not w: raise ValueError(f'a picture of height x width = {height}x{width} is too thin for budget={budget}: one side would have less than {multiple} pixels')
+    if not h or not w or h * w > budget ** 2: raise ValueError(f'a picture of height x width = '
+        f'{height}x{width} is too thin for budget={budget}: one side would have less than {multiple} pixels')
     return h, w
 
 # %% ../../nbs/08_generation/01_fitv2.ipynb #76b60c87

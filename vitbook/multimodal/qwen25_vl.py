@@ -139,7 +139,9 @@ def patch_positions(grids: Sequence[Grid], merge_size: int = 2) -> Int[Tensor, '
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #d225d94d
 def axial_angles(positions: Int[Tensor, 'n 2'], head_dim: int, theta: float = 10000.) -> Float[Tensor, 'n k']: # k = head_dim / 2
-    "Angles of 2-D rotary positions: a quarter of the head's width turns with the row, at falling speeds, the next with the column. Source: arXiv:2502.13923, sec. 2.1."
+    """Angles of 2-D rotary positions: half of a head's pairs of channels turn with the row, half with the column.
+
+    Each half at falling speeds. Source: arXiv:2502.13923, sec. 2.1."""
     if head_dim % 4: raise ValueError(f'head_dim must be a multiple of 4, got {head_dim}')
     speeds = frequencies(head_dim // 2, theta, torch.float).to(positions.device)
     return (positions[..., None] * speeds).flatten(1)
@@ -333,8 +335,8 @@ def mrope_ids(tokens: Int[Tensor, 'b n'],
               merge_size: int = 2,
               tokens_per_second: float = 2.,               # ids in a second
               mask: Shaped[Tensor, 'b n'] | None = None,   # False or 0 = padding, which gets id 1
-              whole_seconds: bool = False,                 # cut `seconds` to whole numbers first, as transformers did until 5.x
-              skip_time: bool = False,                     # go on after a clip from its rows and columns, without its time, as transformers 5 does
+              whole_seconds: bool = False,                 # cut `seconds` to whole numbers first, as transformers before 5
+              skip_time: bool = False,                     # go on after a clip without its time, as transformers after 5.2
              ) -> tuple[Int[Tensor, '3 b n'], Int[Tensor, 'b']]: # ids along time, rows, columns; id of the next token of each row of the batch
     """Positions of text, pictures and clips in one sequence. The id of time counts seconds, not frames. ValueError if placeholders and grids do not fit.
 

@@ -141,7 +141,7 @@ def sampled_keys(n: int,
 def prob_attention(q: Float[Tensor, 'b h n d'],
                    k: Float[Tensor, 'b h m d'],
                    v: Float[Tensor, 'b h m e'],
-                   factor: int = 1,                          # ceil(factor * ln) keys are tried, and as many queries served
+                   factor: int = 1,  # factor * ceil(ln m) keys are tried, factor * ceil(ln n) queries served
                    generator: torch.Generator | int | None = None, # of the tried keys, see `drawn`
                    official: bool = False,                   # two slips of the official code, see below
                    ) -> Float[Tensor, 'b h n e']:

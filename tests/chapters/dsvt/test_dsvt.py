@@ -404,6 +404,7 @@ def test_official_names_round_trip():
     back = official_layout(model)
     twin, (x, coords) = D.DSVT(**DEEP).from_official(back), scene(90, DEEP['grid'])
     assert_close(twin(x, coords)[0], model.eval()(x, coords)[0], atol=0, rtol=0)
+    assert D.DSVT.official_arguments(back, num_heads=1)['pos_bug']      # published weights have learned with it
     D.DSVT(**DEEP).from_official({f'backbone_3d.{k}': v
                                   for k, v in back.items()} | {'dense_head.x': torch.zeros(1)})
     with pytest.raises(ValueError, match='missing'):
@@ -537,7 +538,9 @@ def test_losses_by_hand():
     p = logits.sigmoid().flatten()
     want = -(p[1].log() * (1 - p[1]) ** 2 + (1 - p[0]).log() * p[0] ** 2 + (1 - p[2]).log() * p[2] ** 2 * .5 ** 4)
     assert_close(D.focal_loss(logits, heat), want)
-    assert_close(D.gaussian_radius(torch.tensor([10.]), torch.tensor([4.]), .1), torch.tensor([(65.44 ** .5 - 2.8) / 2]))          # the third of the three cases
+    length, width = torch.tensor([10.]), torch.tensor([4.])
+    official = torch.tensor([(65.44 ** .5 - 2.8) / 2])      # the third of the three cases, undivided
+    assert_close(D.gaussian_radius(length, width, .1, official=True), official)
     a = torch.tensor([[0., 0, 0, 2, 2, 2, 1]])
     assert_close(D.upright_diou(a, a + torch.tensor([1., 0, 0, 0, 0, 0, 0])), torch.tensor([1 / 3 - 1 / (9 + 4 + 4)]))
     with pytest.raises(ValueError, match='labels'): D.center_targets(a, torch.tensor([3]), 3, (4, 4), (1, 1), (0, 0))
@@ -606,3 +609,15 @@ def test_bev_sizes():
         assert bev(x).shape[1:] == size and bev.num_features == size[0]
     assert D.CenterHead(6, 2, 8, upsample=2).eval()(x)['hm'].shape == (1, 2, 32, 24)
     assert_close(D.CenterHead(6).outputs['hm'][-1].bias, torch.full((3,), -2.19))
+
+
+@pytest.mark.parametrize('length, width', [(9., 4.), (10., 4.), (3., 3.), (40., 1.)])
+@pytest.mark.parametrize('overlap', [.1, .5, .7])
+def test_radius_leaves_the_overlap(length, width, overlap):
+    "Moved, shrunk or grown by the radius, a box overlaps the old one by no less than asked."
+    r = D.gaussian_radius(torch.tensor([length]), torch.tensor([width]), overlap).item()
+    assert 0 < 2 * r < width
+    area, common = length * width, (length - r) * (width - r)
+    moved, shrunk = common / (2 * area - common), (length - 2 * r) * (width - 2 * r) / area
+    grown = area / ((length + 2 * r) * (width + 2 * r))
+    assert min(moved, shrunk, grown) == pytest.approx(overlap, abs=1e-4)
