@@ -777,7 +777,7 @@ def test_bad_arguments(more, words):
 
 
 @pytest.mark.parametrize('call, words', [
-    (lambda m: m(images(1, (40, 32))), 'x must be a multiple.*16x16.*40x32'), (lambda m: m(images(1, chans=3)), 'in_chans=2.*3'), (lambda m: m.route(images(1), form='fast'), "form.*'fast'"),
+    (lambda m: m(images(1, (40, 32))), 'x must have sides that are multiples of 16 pixels, got 40x32'), (lambda m: m(images(1, chans=3)), 'in_chans=2.*3'), (lambda m: m.route(images(1), form='fast'), "form.*'fast'"),
     (lambda m: m.route(images(1), row=[[1.]]), r'row must hold 3 lists of 3'), (lambda m: m.route(images(1), col=[[1.]]), r'col must hold 2 lists of 4'), (lambda m: m.costs(24), 'img_size.*24x24'),
     (lambda m: m.forced('up'), "path.*'up'"), (lambda m: T.gumbel_gate(torch.zeros(2, 2), 0.), 'temperature.*0'), (lambda m: T.gumbel_gate(torch.zeros(2, 3)), 'logits.*3'),
     (lambda m: m.costs(0), 'img_size.*0x0')])
