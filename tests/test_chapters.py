@@ -75,6 +75,57 @@ def test_it_can_be_played_with(notebook):
     assert any('<iframe' in ''.join(output.get('data', {}).get('text/html', '')) for cell in notebook.code for output in cell['outputs']), 'the saved player'
 
 
+STORIES = [notebook for notebook in BOOK if 'In the library' in notebook.headings()]      # the chapters told anew
+each_story = pytest.mark.parametrize('notebook', STORIES, ids=lambda notebook: notebook.name)
+
+
+def story_of(notebook):
+    "The cells before the library half."
+    heads = ['## In the library' in cell['source'] and cell['cell_type'] == 'markdown' for cell in notebook.cells]
+    return notebook.cells[:next(i for i, head in enumerate(heads) if head)]
+
+
+def words_read(cells):
+    "Words of the prose; what a folded solution, a fence or a formula holds does not count."
+    prose = '\n\n'.join(cell['source'] for cell in cells if cell['cell_type'] == 'markdown')
+    return len(re.findall(r'\w[^\s]*', plain(re.sub(r'<details.*?</details>', '', prose, flags=re.S))))
+
+
+def lines_shown(cell):
+    "The code a page shows unfolded: no plumbing (`#| export`), nothing hidden, no blank lines."
+    told = cell.get('directives', {})
+    away = {'hide', 'export', 'default_exp'} & set(told) or 'false' in (told.get('echo'), told.get('include'))
+    if cell['cell_type'] != 'code' or away or told.get('code-fold') == 'true': return []
+    return [line for line in cell['source'].splitlines() if line.strip() and not line.startswith('#|')]
+
+
+@each_story
+def test_a_story_is_read_within_the_hour(notebook):
+    cells = story_of(notebook)
+    shown = [lines_shown(cell) for cell in cells]
+    words, lines = words_read(cells), sum(map(len, shown))
+    told = f'{words} words of 2,500, {lines} shown lines of 350 before "In the library"'
+    assert words <= 2500 and lines <= 350, told
+    for found in shown:
+        assert len(found) <= 40, f'{len(found)} lines in a cell of the story: {found[:3]}'
+        wide = [line for line in found if len(line) > 100]
+        assert not wide, 'over 100 columns:\n' + '\n'.join(wide)
+    program = [cell['source'] for cell in cells if cell['cell_type'] == 'code']
+    assert any('.draw(' in source for source in program), 'no schematic (`vitbook.diagram`)'
+    assert notebook.meta['vitbook']['seconds'] <= 60, f'{notebook.meta["vitbook"]["seconds"]} s of 60'
+
+
+def test_the_count_of_a_story_sees_what_is_read():
+    def markdown(text): return dict(cell_type='markdown', source=text)
+    def code(text, **told): return dict(cell_type='code', source=text, directives=told)
+    folded = '<details><summary>Solution</summary>\nfour more words here\n</details>'
+    assert words_read([markdown('Two words.'), code('x = 1'), markdown(f'One\n{folded}')]) == 3
+    assert lines_shown(code('#| label: a\nx = 1\n\ny = 2', label='a')) == ['x = 1', 'y = 2']
+    for told in (dict(hide=''), dict(export=''), {'code-fold': 'true'}, dict(echo='false')):
+        assert lines_shown(code('x = 1', **told)) == []
+    assert lines_shown(code('x = 1', exports='')) == ['x = 1'] and not lines_shown(markdown('x'))
+
+
 # ---- foundations
 
 @each_foundation
@@ -125,14 +176,15 @@ def test_outputs_are_good(notebook):
         assert not kept, f'saved warnings or progress in\n{cell["source"][:300]}\n{"".join(kept[0]["text"])[:500] if kept else ""}'
 
 
-HEAVY = {'04_tokens/01_token_routing.ipynb': 700_000}                     # until its cells, the slow ones too, are run again
+HEAVY = {'04_tokens/01_token_routing.ipynb': 700_000}          # until its slow cells are run again
 
 
 @pytest.mark.parametrize('notebook', notebooks(), ids=lambda notebook: notebook.name)
 def test_a_notebook_is_light(notebook):
-    "Git keeps every version of it. Pictures are palette PNGs (`vitbook.see.slim`); fewer, smaller ones are the way out."
+    "Git keeps every version of it. Pictures are palette PNGs already: fewer, smaller ones are the way out."
     size = notebook.path.stat().st_size
-    weights = sorted(((len(json.dumps(cell.get('outputs', []))), i) for i, cell in enumerate(notebook.cells)), reverse=True)
+    outputs = [json.dumps(cell.get('outputs', [])) for cell in notebook.cells]
+    weights = sorted(((len(output), i) for i, output in enumerate(outputs)), reverse=True)
     allowed = HEAVY.get(notebook.name, 600_000)
     assert size <= allowed, f'{size:,} bytes of {allowed:,}; the heaviest outputs (bytes, cell): {weights[:5]}'
 

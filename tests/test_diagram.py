@@ -1,4 +1,4 @@
-"""`vitbook.diagram`: shapes held against tensors, places, what is refused, and that what is drawn can be read."""
+"""`vitbook.diagram`: shapes held against tensors, places, what is refused, and that drawings can be read."""
 import re
 
 import matplotlib.pyplot as plt
@@ -25,17 +25,23 @@ def chain(*shapes):
 def seen(*sizes): return {(str(i), str(i + 1)): size for i, size in enumerate(sizes)}
 
 
-@pytest.mark.parametrize('shape, size', [('b n c', (2, 5, 12)), ('b n+1 c', (2, 6, 12)), ('b n-1 3c', (2, 4, 36)), ('b (n c)', (2, 60)), ('b (n c/4) 7', (2, 15, 7)), ('2 2b', (2, 4))])
+SIZED = [('b n c', (2, 5, 12)), ('b n+1 c', (2, 6, 12)), ('b n-1 3c', (2, 4, 36)), ('b (n c)', (2, 60)),
+         ('b (n c/4) 7', (2, 15, 7)), ('2 2b', (2, 4))]
+
+
+@pytest.mark.parametrize('shape, size', SIZED)
 def test_shapes_are_held_against_tensors(shape, size):
     assert chain('b n c', shape).sizes(seen((2, 5, 12), size)) == dict(b=2, n=5, c=12)
     for i in range(len(size)):
         wrong = (*size[:i], size[i] + 1, *size[i + 1:])
-        with pytest.raises(ValueError, match=re.escape(f'says {shape!r}')): chain('b n c', shape).sizes(seen((2, 5, 12), wrong))
+        with pytest.raises(ValueError, match=re.escape(f'says {shape!r}')):
+            chain('b n c', shape).sizes(seen((2, 5, 12), wrong))
 
 
 def test_letters_may_be_met_first_in_a_compound():
     assert chain('b (h d)', 'h d').sizes(seen((2, 24), (3, 8))) == dict(b=2, h=3, d=8)
-    with pytest.raises(ValueError, match="'h'.*stands alone"): chain('b (h d)', 'b d').sizes(seen((2, 24), (2, 8)))
+    with pytest.raises(ValueError, match="'h'.*stands alone"):
+        chain('b (h d)', 'b d').sizes(seen((2, 24), (2, 8)))
 
 
 def test_a_part_that_does_not_come_out_even_is_no_match():
@@ -64,13 +70,15 @@ def test_wrong_uses_name_what_came():
 def test_places():
     "Column to the right, row downwards, an arrow between facing sides."
     d = Diagram(3, 3)
-    for name, at in (('a', (0, 0)), ('right', (2, 0)), ('below', (0, 2)), ('corner', (2, 2))): d.box(name, name, at=at)
+    for name, at in (('a', (0, 0)), ('right', (2, 0)), ('below', (0, 2)), ('corner', (2, 2))):
+        d.box(name, name, at=at)
     for end in ('right', 'below', 'corner'):
         d.arrow('a', end)
         d.arrow(end, 'a')
     found = {ends: (arrow.start, arrow.end) for ends, arrow in d.arrows.items()}
     assert found['a', 'right'] == ('right', 'left') and found['right', 'a'] == ('left', 'right')
-    assert found['a', 'below'] == found['a', 'corner'] == ('bottom', 'top') and found['below', 'a'] == ('top', 'bottom')
+    assert found['a', 'below'] == found['a', 'corner'] == ('bottom', 'top')
+    assert found['below', 'a'] == ('top', 'bottom')
     fig = d.draw()
     where = {text.get_text(): text.get_position() for text in fig.axes[0].texts}
     up = fig.axes[0].transData.transform
@@ -86,8 +94,10 @@ def test_what_is_highlighted_and_marked_is_drawn_so():
     frames = [patch for patch in ax.patches if patch.get_linewidth() == 2]
     assert len(frames) == 1, 'one marked cell'
     arrow = next(patch for patch in ax.patches if type(patch).__name__ == 'FancyArrowPatch')
-    assert arrow.get_linewidth() > 2 and to_rgb(arrow.get_edgecolor()[:3]) == to_rgb(frames[0].get_edgecolor()[:3])
-    assert {'0', '1', '2', 'w', '3', 'n', 'o'} == {text.get_text() for text in ax.texts}, 'an empty cell has no text'
+    assert arrow.get_linewidth() > 2
+    assert to_rgb(arrow.get_edgecolor()[:3]) == to_rgb(frames[0].get_edgecolor()[:3])
+    written = {text.get_text() for text in ax.texts}
+    assert written == {'0', '1', '2', 'w', '3', 'n', 'o'}, 'an empty cell has no text'
 
 
 @pytest.mark.parametrize('fault', ['too long for its box', 'outside', 'on a box', 'on each other'])

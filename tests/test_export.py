@@ -6,7 +6,7 @@ import pytest
 
 from tools import CHAPTERS, NEEDED, ROOT, copy_of_repo, dotted, exported, imports, modules, notebooks, run
 
-MIDDLE = {'bench', 'book', 'lab', 'lock', 'weights', 'vit', 'registry', 'backbone', 'train', 'see', 'measure', 'data', 'flow'}
+MIDDLE = {'bench', 'book', 'diagram', 'lab', 'lock', 'weights', 'vit', 'registry', 'backbone', 'train', 'see', 'measure', 'data', 'flow'}
 TOP = {'cli'}
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'SIDES', 'Thing', 'Arrow', 'Diagram']
 
-# %% ../nbs/00_foundations/25_diagram.ipynb #7dac10fc
+# %% ../nbs/00_foundations/25_diagram.ipynb #f634ee03
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from . import see
 
-# %% ../nbs/00_foundations/25_diagram.ipynb #675925cb
+# %% ../nbs/00_foundations/25_diagram.ipynb #92872dea
 KINDS = ('layer', 'op', 'tensor', 'choice', 'sum')
 SIDES = {'left': (-1, 0), 'right': (1, 0), 'top': (0, -1), 'bottom': (0, 1)}   # outwards; y grows down
 _INK, _GREY, _FAINT, _PATH = '#2b2f36', '#50555c', '#8a8f98', see.COLORS[3]
@@ -53,7 +53,7 @@ class Arrow:
     bend: float = 0.
     at: float = .5
 
-# %% ../nbs/00_foundations/25_diagram.ipynb #3f616ac7
+# %% ../nbs/00_foundations/25_diagram.ipynb #3ac2b07c
 _TERM = re.compile(r'(?P<times>\d+)?(?P<name>[A-Za-zα-ωΑ-Ω_]\w*)?(?P<more>[+-]\d+)?(?P<over>/\d+)?')
 
 def _terms(shape: str) -> list[list[str]]:
@@ -99,7 +99,7 @@ def _bound(arrows: Mapping[tuple[str, str], Arrow], seen: Mapping[tuple[str, str
                              f'{" ".join(axis)} is {size} elsewhere')
     return known
 
-# %% ../nbs/00_foundations/25_diagram.ipynb #8aa60c2b
+# %% ../nbs/00_foundations/25_diagram.ipynb #9d5bf0d0
 def _curve(a: Thing, b: Thing, arrow: Arrow, unit: tuple[float, float]) -> np.ndarray:
     "The four points of a cubic curve that leaves and enters at right angles; inches."
     start, end = np.multiply(a.side(arrow.start), unit), np.multiply(b.side(arrow.end), unit)
@@ -155,7 +155,7 @@ def _draw_cells(ax, thing: Thing, unit: tuple[float, float], words: list) -> Non
         words.append(ax.text(left + columns * w / 2, top + rows * h + .05, thing.text, ha='center', va='top',
                              fontsize=9, color=_INK, zorder=6))
 
-# %% ../nbs/00_foundations/25_diagram.ipynb #131ecf2c
+# %% ../nbs/00_foundations/25_diagram.ipynb #f97fc20c
 def _draw(d: Any, legend: bool):
     "The figure of a Diagram."
     from matplotlib import patches, path
@@ -212,7 +212,7 @@ def _draw_legend(ax, kinds: Sequence[str], x: float, y: float) -> None:
         ax.add_patch(_outline(Thing(left, y, .3, .17, kind, ''), (1, 1)))
         ax.text(left + .22, y, _TOLD[kind], ha='left', va='center', fontsize=9, color=_GREY)
 
-# %% ../nbs/00_foundations/25_diagram.ipynb #0d826d22
+# %% ../nbs/00_foundations/25_diagram.ipynb #85602c92
 def _legible(d: Any, fig, inside: list, words: list) -> None:
     "What a reader could not make out is an error: text outside its box or the picture, or over another."
     seen = fig.canvas.get_renderer()
@@ -245,7 +245,7 @@ def _window(d: Any, fig, thing: Thing):
     (x0, y0), (x1, y1) = fig.axes[0].transData.transform(corners)
     return Bbox.from_extents(min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))
 
-# %% ../nbs/00_foundations/25_diagram.ipynb #46cc18d9
+# %% ../nbs/00_foundations/25_diagram.ipynb #710db15b
 class Diagram:
     """A schematic on a grid: column 0 at the left, row 0 at the top; places are centres, fractions allowed.
 
