@@ -14,7 +14,7 @@ __all__ = ['FORMS', 'MODES', 'gumbel_gate', 'budget_loss', 'Gratings', 'gratings
 # %% ../../nbs/04_tokens/01_token_routing.ipynb #7f53edda
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -853,7 +853,7 @@ class TokenRouter(RoutingGrid):
         None if that can't be known."""
         M, N = self.num_stages, len(self.strides)
         if self.mode in ('random', 'attention'): return None
-        one, none = x.new_ones(x.shape[0]), x.new_zeros(x.shape[0])
+        one = x.new_ones(x.shape[0])
         ahead = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
         for k in range(j, M): ahead |= (self._row(i, k, x, None, forced_row[i][k], one, shift) > 0).any(1)
         if i < N - 1:

@@ -783,7 +783,8 @@ def test_bad_arguments(more, words):
 
 
 @pytest.mark.parametrize('call, words', [
-    (lambda m: m(images(1, (40, 32))), 'x must have sides that are multiples of 16 pixels, got 40x32'), (lambda m: m(images(1, chans=3)), 'in_chans=2.*3'), (lambda m: m.route(images(1), form='fast'), "form.*'fast'"),
+    (lambda m: m(images(1, (40, 32))), 'x must have sides that are multiples of 16 pixels, got 40x32'),
+    (lambda m: m(images(1, chans=3)), 'in_chans=2.*3'), (lambda m: m.route(images(1), form='fast'), "form.*'fast'"),
     (lambda m: m.route(images(1), row=[[1.]]), r'row must hold 3 lists of 3'), (lambda m: m.route(images(1), col=[[1.]]), r'col must hold 2 lists of 4'), (lambda m: m.costs(24), 'img_size.*24x24'),
     (lambda m: m.forced('up'), "path.*'up'"), (lambda m: T.gumbel_gate(torch.zeros(2, 2), 0.), 'temperature.*0'), (lambda m: T.gumbel_gate(torch.zeros(2, 3)), 'logits.*3'),
     (lambda m: m.costs(0), 'img_size.*0x0')])
@@ -831,7 +832,7 @@ def watch(modules):
 
 @pytest.mark.parametrize('size', [(32, 32), (16, 48)])
 def test_the_grid_is_drawn_as_it_is(size):
-    "Every stage, patch embedding and copy of a grid of two scales and two stages, none besides, with their shapes."
+    "Every stage, patch embedding and copy of a 2 x 2 grid, none besides, with their shapes."
     drawn, model = schematic('grid_picture'), router('plain', 2, 2)
     stages = {f'B{i}{j}': stage for i, line in enumerate(model.rows) for j, stage in enumerate(line)}
     down = {f'P{j}': edge for j, edge in enumerate(model.cols[0])}
@@ -874,7 +875,8 @@ def test_a_stage_is_drawn_as_it_is():
     r = model.route(x, form='gathered')
     g, k = r.row[0][0], int(r.row[0][0].sum(1).max())
     assert torch.equal(seen['gate'][1], g) and torch.equal(seen['gate'][0], start) and 0 < k < 64
-    tensors = {('F', 'gate'): seen['gate'][0], ('gate', 'select'): g, ('gate', 'put'): g, ('F', 'select'): start,
+    tensors = {('F', 'gate'): seen['gate'][0], ('gate', 'select'): g, ('gate', 'put'): g,
+               ('F', 'select'): start,
                ('select', 'B'): seen['first'][0], ('B', 'put'): seen['last'][1], ('F', 'put'): start,
                ('put', 'next'): r.maps[0]}
     assert set(tensors) == set(drawn.shapes) and drawn.sizes(tensors) == dict(b=4, l=64, k=k, d=16)
