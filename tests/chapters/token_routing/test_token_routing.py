@@ -738,6 +738,29 @@ def test_a_routed_torch_encoder():
     with pytest.raises(ValueError, match='batch_first=False'): T.RoutedBlock(layer(False), 24)
 
 
+def test_qk_scale_is_a_factor_of_the_queries():
+    torch.manual_seed(0)
+    scaled, plain = (T.PyramidStage(16, 2, 2, sr_ratio=2, qk_scale=scale).eval() for scale in (.9, None))
+    plain.load_state_dict(scaled.state_dict())
+    x = 3 * torch.randn(2, 32, 16)
+    with torch.no_grad():
+        assert (plain(x, (4, 8)) - scaled(x, (4, 8))).abs().max() > 1e-3
+        for block in plain.blocks:
+            for p in block.attn.q.parameters(): p.mul_(.9 * 8 ** .5)     # heads of width 8
+        assert_close(plain(x, (4, 8)), scaled(x, (4, 8)), atol=1e-5, rtol=1e-4)
+
+
+def test_a_gate_keeps_its_precision_where_tokens_have_less():
+    torch.manual_seed(0)
+    gate, x = T.RowGate(64).eval(), torch.randn(4, 50, 64)
+    gate.weight_hat.normal_()
+    want = gate.scores(x)
+    with torch.autocast('cpu', dtype=torch.bfloat16): got = gate.scores(x)
+    assert got.dtype == torch.float32 and torch.equal(got, want)
+    short = x.bfloat16()
+    assert torch.equal(gate.scores(short), gate.scores(short.float()))
+
+
 # library quality
 
 def test_copies_pickles_and_state():
