@@ -176,16 +176,13 @@ def test_outputs_are_good(notebook):
         assert not kept, f'saved warnings or progress in\n{cell["source"][:300]}\n{"".join(kept[0]["text"])[:500] if kept else ""}'
 
 
-HEAVY = {'04_tokens/01_token_routing.ipynb': 700_000}          # until its slow cells are run again
-
-
 @pytest.mark.parametrize('notebook', notebooks(), ids=lambda notebook: notebook.name)
 def test_a_notebook_is_light(notebook):
     "Git keeps every version of it. Pictures are palette PNGs already: fewer, smaller ones are the way out."
     size = notebook.path.stat().st_size
     outputs = [json.dumps(cell.get('outputs', [])) for cell in notebook.cells]
     weights = sorted(((len(output), i) for i, output in enumerate(outputs)), reverse=True)
-    allowed = HEAVY.get(notebook.name, 600_000)
+    allowed = 600_000
     assert size <= allowed, f'{size:,} bytes of {allowed:,}; the heaviest outputs (bytes, cell): {weights[:5]}'
 
 
