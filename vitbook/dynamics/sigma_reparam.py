@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'NORMS', 'QKV', 'attention_entropy', 'EntropyTrace', 'extrem
            'power_step', 'joined', 'weight_mark', 'first_vector', 'Sigma', 'check_options', 'SigmaLinear',
            'SigmaConv1d', 'SigmaConv2d', 'SigmaConv3d', 'SigmaMultiheadAttention', 'sigma_layers', 'drop_norms',
            'convert', 'fold', 'bypassed', 'spectral_norms', 'official_names', 'adam_update', 'adam_update_bound',
-           'SigmaVisionTransformer', 'sigma_vit_base_patch16_224', 'sigma_vit_large_patch16_224', 'PowerIteration']
+           'PowerIteration', 'SigmaVisionTransformer', 'sigma_vit_base_patch16_224', 'sigma_vit_large_patch16_224']
 
 # %% ../../nbs/01_dynamics/01_sigma_reparam.ipynb #151e7da4
 import fnmatch
@@ -82,7 +82,7 @@ def extremal_logits(s: float,   # length of the row
 
 def entropy_bound(s: float | Float[Tensor, '*b'],  # at least the length of the row of logits
                   n: int,                          # number of tokens a query looks at
-                 ) -> Float[Tensor, '*b']:         # nats; float64 unless s is a tensor of another dtype
+                 ) -> Float[Tensor, '*b']:         # nats; float64, or the dtype of s
     """Least entropy that softmax can have over n logits of length s, or of a spectral norm of s.
 
     ValueError for n < 2 or s < 0. Source: arXiv:2303.06296, theorem 3.1."""
@@ -644,6 +644,41 @@ def adam_update_bound(mean: Float[Tensor, 'w i'],
     quiet = 1 - (std ** 2 / (mean ** 2 + std ** 2)).mean()
     return (max(mean.shape) * quiet).sqrt()
 
+# %% ../../nbs/01_dynamics/01_sigma_reparam.ipynb #2953e645
+class PowerIteration:
+    """`iterate = PowerIteration(model)` once, `iterate()` before the forward pass of each optimizer step.
+
+    All layers of one shape in one batched product. Every training pass until the weights change uses these
+    vectors and moves u no further: with gradient accumulation and activation checkpointing too."""
+    def __init__(self, model: nn.Module):
+        groups = {}
+        if not any(True for _ in sigma_layers(model)):
+            raise ValueError('model: has no σReparam layer; `convert` makes them')
+        for _, m in sigma_layers(model):
+            groups.setdefault((getattr(m, m.matrix_name).shape, m.blocks, m.side), []).append(m)
+        self.groups = list(groups.values())
+
+    @torch.no_grad()
+    def __call__(self):
+        for layers in self.groups:
+            weights, first = [getattr(m, m.matrix_name) for m in layers], layers[0]
+            W = self._stacked(weights).flatten(2).split(first.blocks, 1)
+            u = self._stacked([m.u for m in layers])
+            if first.side == 'in':
+                far, near, sigma = zip(*(power_step(w, x) for w, x in zip(W, u.unbind(1))))
+            else:
+                parts = zip(W, u.split(first.blocks, 1))
+                near, far, sigma = zip(*(power_step(w.mT, x) for w, x in parts))
+            far, near, sigma = torch.cat(far, 1), torch.stack(near, 1), torch.stack(sigma, 1)
+            moved = near if first.side == 'in' else far
+            torch._foreach_copy_([m.u for m in layers], list(moved.unbind()))
+            for m, w, *estimate in zip(layers, weights, far.unbind(), near.unbind(), sigma.unbind()):
+                m.__dict__['_fresh'] = w, weight_mark(w), tuple(estimate)
+
+    @staticmethod
+    def _stacked(tensors: list[Tensor]) -> Tensor:
+        return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
 # %% ../../nbs/01_dynamics/01_sigma_reparam.ipynb #3d36adc0
 class SigmaVisionTransformer(VisionTransformer):
     """A ViT all of whose matrices are σReparam layers, without normalisation layers unless asked for.
@@ -690,38 +725,3 @@ def sigma_vit_large_patch16_224(embed_dim: int = 1024, depth: int = 24, num_head
     return SigmaVisionTransformer(embed_dim=embed_dim, depth=depth, num_heads=num_heads,
                                   drop_path_rate=drop_path_rate, gamma_init=gamma_init,
                                   conv_init_gain=conv_init_gain, **arguments)
-
-# %% ../../nbs/01_dynamics/01_sigma_reparam.ipynb #2953e645
-class PowerIteration:
-    """`iterate = PowerIteration(model)` once, `iterate()` before the forward pass of each optimizer step.
-
-    All layers of one shape in one batched product. Every training pass until the weights change uses these
-    vectors and moves u no further: with gradient accumulation and activation checkpointing too."""
-    def __init__(self, model: nn.Module):
-        groups = {}
-        if not any(True for _ in sigma_layers(model)):
-            raise ValueError('model: has no σReparam layer; `convert` makes them')
-        for _, m in sigma_layers(model):
-            groups.setdefault((getattr(m, m.matrix_name).shape, m.blocks, m.side), []).append(m)
-        self.groups = list(groups.values())
-
-    @torch.no_grad()
-    def __call__(self):
-        for layers in self.groups:
-            weights, first = [getattr(m, m.matrix_name) for m in layers], layers[0]
-            W = self._stacked(weights).flatten(2).split(first.blocks, 1)
-            u = self._stacked([m.u for m in layers])
-            if first.side == 'in':
-                far, near, sigma = zip(*(power_step(w, x) for w, x in zip(W, u.unbind(1))))
-            else:
-                parts = zip(W, u.split(first.blocks, 1))
-                near, far, sigma = zip(*(power_step(w.mT, x) for w, x in parts))
-            far, near, sigma = torch.cat(far, 1), torch.stack(near, 1), torch.stack(sigma, 1)
-            moved = near if first.side == 'in' else far
-            torch._foreach_copy_([m.u for m in layers], list(moved.unbind()))
-            for m, w, *estimate in zip(layers, weights, far.unbind(), near.unbind(), sigma.unbind()):
-                m.__dict__['_fresh'] = w, weight_mark(w), tuple(estimate)
-
-    @staticmethod
-    def _stacked(tensors: list[Tensor]) -> Tensor:
-        return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
