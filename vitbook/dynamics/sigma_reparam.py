@@ -110,8 +110,8 @@ def row_length(weights: Float[Tensor, '*b m'],   # attention weights
 @torch.no_grad()
 def power_step(W: Float[Tensor, '*g o i'],
                u: Float[Tensor, '*g i'],     # of any length but zero
-              ) -> tuple[Float[Tensor, '*g o'], Float[Tensor, '*g i'], Float[Tensor, '*g']]:  # v, u', sigma
-    """One power iteration, in float32 at least, autocast or not.
+              ) -> tuple[Float[Tensor, '*g o'], Float[Tensor, '*g i'], Float[Tensor, '*g']]:
+    """v, u' and sigma of one power iteration, in float32 at least, autocast or not.
 
     v = W u and u' = W^T v, both of unit length, and sigma = v^T W u', which is |W^T v|.
     Source: arXiv:2303.06296, sec. 3.1."""
