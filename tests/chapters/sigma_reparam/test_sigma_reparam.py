@@ -786,7 +786,8 @@ def test_an_estimate_is_not_used_for_a_weight_changed_through_data(change):
 
 def story():
     path = ROOT/'nbs'/'01_dynamics'/'01_sigma_reparam.ipynb'
-    return [(cell['id'], ''.join(cell['source'])) for cell in json.loads(path.read_text(encoding='utf-8'))['cells']]
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    return [(cell['id'], ''.join(cell['source'])) for cell in cells]
 
 
 def test_the_schematic_carries_what_the_layer_carries():
@@ -807,7 +808,8 @@ def test_the_schematic_carries_what_the_layer_carries():
             ('u', 'v'): kept, ('v', 'next'): v, ('next', 'sigma'): u, ('sigma', 'scale'): sigma[None]}
     assert set(d.shapes) == set(seen)
     assert d.sizes(seen) == {'b': 4, 'i': 7, 'o': 5}
-    assert {ends for ends, arrow in d.arrows.items() if arrow.dashed} == {('u', 'v'), ('v', 'next'), ('next', 'sigma')}
+    dashed = {ends for ends, arrow in d.arrows.items() if arrow.dashed}
+    assert dashed == {('u', 'v'), ('v', 'next'), ('next', 'sigma')}
 
 
 def test_the_solutions_of_the_exercises():
@@ -816,7 +818,7 @@ def test_the_solutions_of_the_exercises():
     assert len(solutions) == 4
     space = {'torch': torch, 'gen': rng, **{name: getattr(S, name) for name in S.__all__}}
     for solution in solutions[:3]:
-        exec(solution, space)                                     # the fourth trains, a hidden cell runs its parts
+        exec(solution, space)            # the fourth trains, a hidden cell runs its parts
     bounds = [S.entropy_bound(s, 16).item() for s in (4., 8.)]
     assert bounds[0] == pytest.approx(1.02, abs=.005) and bounds[1] == pytest.approx(.04, abs=.005)
     assert abs(space['inner'](False)) < 1e-5 < .05 < abs(space['inner'](True))
