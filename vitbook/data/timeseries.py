@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TimeSeries', 'read_csv', 'generated', 'ett_table', 'Parts', 'ett_parts', 'share_parts', 'Scaler', 'Window', 'Windows',
-           'Sets', 'forecasting_sets', 'calendar', 'mse', 'mae', 'rmse', 'mape', 'smape', 'mase', 'Scores', 'evaluate',
-           'last_value', 'last_season']
+           'Sets', 'forecasting_sets', 'calendar', 'difference', 'mse', 'mae', 'rmse', 'mape', 'smape', 'mase',
+           'Scores', 'evaluate', 'last_value', 'last_season']
 
 # %% ../../nbs/00_foundations/17_series.ipynb #e39d1d93
 import csv, io, math, re
@@ -322,13 +322,21 @@ def calendar(times: Int[Tensor, 't'],  # seconds since 1970-01-01 00:00
     return torch.from_numpy(np.stack(found, 1)).float().to(times.device)
 
 # %% ../../nbs/00_foundations/17_series.ipynb #38a8c14b
+def difference(pred: Float[Tensor, '*b'], true: Float[Tensor, '*c']) -> Float[Tensor, '*b']:
+    """pred - true. ValueError unless both have one shape.
+
+    A missing axis would be spread out, and the mean be another."""
+    if pred.shape != true.shape:
+        raise ValueError(f'pred must have the shape {tuple(true.shape)} of true, got {tuple(pred.shape)}')
+    return pred - true
+
 def mse(pred: Float[Tensor, '*b'], true: Float[Tensor, '*b']) -> Float[Tensor, '']:
     "Mean squared error."
-    return (pred - true).square().mean()
+    return difference(pred, true).square().mean()
 
 def mae(pred: Float[Tensor, '*b'], true: Float[Tensor, '*b']) -> Float[Tensor, '']:
     "Mean absolute error."
-    return (pred - true).abs().mean()
+    return difference(pred, true).abs().mean()
 
 def rmse(pred: Float[Tensor, '*b'], true: Float[Tensor, '*b']) -> Float[Tensor, '']:
     "Root of the mean squared error, in the series' own unit."
@@ -338,14 +346,14 @@ def mape(pred: Float[Tensor, '*b'], true: Float[Tensor, '*b'],
          floor: float = 1e-3,  # the divisor is at least this: near zero a percentage means nothing
          ) -> Float[Tensor, '']:
     "Mean absolute error as a share of the truth: 0.1 is ten per cent."
-    return ((pred - true).abs() / true.abs().clamp(min=floor)).mean()
+    return (difference(pred, true).abs() / true.abs().clamp(min=floor)).mean()
 
 def smape(pred: Float[Tensor, '*b'], true: Float[Tensor, '*b']) -> Float[Tensor, '']:
     """Mean absolute error as a share of the mean size of forecast and truth, 0 … 2.
 
     0 where both are 0."""
-    size = (pred.abs() + true.abs()) / 2
-    return ((pred - true).abs() / size.clamp(min=torch.finfo(size.dtype).tiny)).mean()
+    apart, size = difference(pred, true).abs(), (pred.abs() + true.abs()) / 2
+    return (apart / size.clamp(min=torch.finfo(size.dtype).tiny)).mean()
 
 def mase(pred: Float[Tensor, '*b s n'], true: Float[Tensor, '*b s n'],
          history: Float[Tensor, 't n'],  # training rows, on the same scale
@@ -359,7 +367,7 @@ def mase(pred: Float[Tensor, '*b s n'], true: Float[Tensor, '*b s n'],
     if (naive == 0).any():
         raise ValueError(f'history: variate {int((naive == 0).nonzero()[0])} repeats itself '
                          f'exactly after {season} steps, so nothing can be measured against that')
-    return ((pred - true).abs() / naive).mean()
+    return (difference(pred, true).abs() / naive).mean()
 
 # %% ../../nbs/00_foundations/17_series.ipynb #0a6e67a7
 class Scores(NamedTuple):

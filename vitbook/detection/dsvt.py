@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Triple', 'HEADS', 'naive_set_positions', 'Sets', 'set_positions', 'set_partition', 'rotated_keys', 'Config',
-           'SetAttention', 'SetLayer', 'PositionMlp', 'DSVTBlock', 'Pooled', 'pool_cells', 'gather_children',
+           'SetAttention', 'SetMlp', 'SetLayer', 'PositionMlp', 'DSVTBlock', 'Pooled', 'pool_cells', 'gather_children',
            'AttentionPooling', 'LinearPooling', 'MaxPooling', 'official_names', 'Stage', 'DSVT', 'ResBlock2d',
            'BEVBackbone', 'CenterHead', 'corners', 'overlap_area', 'box_iou', 'box_ious', 'Detections', 'decode_boxes',
            'suppress', 'decode', 'gaussian_radius', 'Targets', 'center_targets', 'focal_loss', 'upright_diou',
@@ -118,18 +118,22 @@ class SetAttention(nn.Module):
         return F.linear(placed, layer.weight[:2 * c], layer.bias[:2 * c]).chunk(2, 1), F.linear(x, layer.weight[2 * c:], layer.bias[2 * c:])
 
 # %% ../../nbs/05_detection/06_dsvt.ipynb #dba2a5d2
+class SetMlp(Mlp):
+    "The MLP with its dropout on the hidden layer alone."
+    def forward(self, x: Float[Tensor, 'n c']) -> Float[Tensor, 'n c']: return self.fc2(self.drop(self.hidden(x)))
+
+
 class SetLayer(nn.Module):
     "Set attention and an MLP, each with a residual connection and a norm behind it, and one around both."
     def __init__(self, dim: int, num_heads: int = 8, hidden_dim: int | None = None, act_layer: Callable[[], nn.Module] = nn.GELU, attn_drop: float = 0., proj_drop: float = 0.):
         super().__init__()
-        self.attn, self.mlp = SetAttention(dim, num_heads, attn_drop), Mlp(dim, hidden_dim or 2 * dim, act_layer=act_layer)
-        self.drop = nn.Dropout(proj_drop)           # on the hidden layer of the MLP
+        self.attn, self.mlp = SetAttention(dim, num_heads, attn_drop), SetMlp(dim, hidden_dim or 2 * dim, act_layer=act_layer, drop=proj_drop)
         self.norm1, self.norm2, self.norm = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def inner(self, x: Float[Tensor, 'n c'], pos: Float[Tensor, 'n c'] | None, inds: Int[Tensor, 's t'], mask: Bool[Tensor, 's t'] | None = None, slots: Int[Tensor, 'n'] | None = None) -> Float[Tensor, 'n c']:
         "Attention and MLP without the outer residual connection."
         x = self.norm1(x + self.attn(x, pos, inds, mask, slots))
-        return self.norm2(x + self.mlp.fc2(self.drop(self.mlp.act(self.mlp.fc1(x)))))
+        return self.norm2(x + self.mlp(x))
 
     def forward(self,
                 x: Float[Tensor, 'n c'],
@@ -619,6 +623,8 @@ def center_targets(boxes: Float[Tensor, 'm 7'], labels: Int[Tensor, 'm'], num_cl
     Boxes without size (padding) or with their centre outside the map are left out; `official_radius` is
     `gaussian_radius`'s. ValueError if a number of a box is not finite, or a label none of the classes. Source: arXiv:2006.11275, sec. 4."""
     if not boxes.isfinite().all(): raise ValueError(f'boxes must be finite, got {(~boxes.isfinite()).any(1).sum().item()} of {len(boxes)} with nan or infinity')
+    if labels.shape != boxes.shape[:1] or labels.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f'labels must be {len(boxes)} class numbers of an integer type, one for each box, got {tuple(labels.shape)} of {labels.dtype}')
     edge = boxes.new_tensor([[low[0], low[1]], [low[0] + size[1] * cell[0], low[1] + size[0] * cell[1]]])
     counts = (boxes[:, 3:6] > 0).all(1) & (boxes[:, :2] >= edge[0]).all(1) & (boxes[:, :2] <= edge[1]).all(1)
     boxes, labels = boxes[counts], labels[counts]
@@ -779,7 +785,9 @@ class DSVTDetector(Official, nn.Module):
 # %% ../../nbs/05_detection/06_dsvt.ipynb #c21875ff
 _VOXEL = dict(depths=(1, 1, 1, 1), set_size=48, windows=((12, 12, 32), (12, 12, 8), (12, 12, 2), (12, 12, 1)), shifts=(((0, 0, 0), (6, 6, 0)),) * 4, pool_strides=((1, 1, 4), (1, 1, 4), (1, 1, 2)))
 _WHY = 'how many sets there are depends on the coordinates, so the graph breaks at each partition'
-_dsvt = dict(paper='2301.06051', part='detection', chapter='dsvt', input_shape=(), compiles=_WHY)
+_TABLE = 'all scenes lie in one table of voxels, whose coordinates are read to cut it into sets'
+_dsvt = dict(paper='2301.06051', part='detection', chapter='dsvt', input_shape=(), compiles=_WHY,
+             reasons={'torch.func': _TABLE, 'meta': _TABLE})
 _small = dict(grid=(24, 24, 1), embed_dim=16, num_heads=2, depths=(2,), set_size=6, windows=((6, 6, 1),), shifts=(((0, 0, 0), (3, 3, 0)),))
 _small_voxel = dict(grid=(24, 24, 8), embed_dim=16, num_heads=2, depths=(1, 1), set_size=6, windows=((6, 6, 8), (6, 6, 1)), shifts=(((0, 0, 0), (3, 3, 0)),) * 2, pool_strides=((1, 1, 8),))
 _small_detector = dict(voxel_size=(1., 1., 6.), point_range=(-12., -12., -2., 12., 12., 4.), vfe_dims=(16, 16), bev_depths=(1, 1), bev_strides=(1, 2), bev_dims=(8, 8), up_strides=(1, 2), up_dims=(8, 8), head_width=8)

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..kernels.entropy_attention import as_written, check_pairs, widened
 from ..layers.attention import Attention, attention, masked_softmax
 from ..layers.block import is_plain
 from ..layers.embed import pair
@@ -116,7 +117,7 @@ def attention_and_own(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b h m d'], 
                       scale: float | None = None, dropout_p: float = 0.) -> Float[Tensor, 'b h n e']:
     "Attention in which each query has one more key, its own: a row is never empty, whatever the mask leaves of the drawn ones."
     scale = q.shape[-1] ** -.5 if scale is None else scale
-    s, own = q @ k.mT * scale, (q * own_k).sum(-1, keepdim=True) * scale
+    with as_written(q): s, own = widened(q) @ widened(k).mT * scale, (widened(q) * widened(own_k)).sum(-1, keepdim=True) * scale
     if bias is not None: s = s + bias
     if own_bias is not None: own = own + own_bias
     s = s.masked_fill(~mask, -math.inf)
@@ -149,6 +150,7 @@ def subsampled_attention(q: Float[Tensor, 'b h n d'],
 
     Source: arXiv:2306.01705, fig. 3a; the own key of causal attention is ours."""
     b, n, m = q.shape[0], q.shape[2], k.shape[2]
+    check_pairs((*q.shape[:3], m), bias=bias, mask=mask)
     if idx is None:
         if keys is None: raise ValueError('give idx, the drawn keys, or keys, how many to draw')
         valid = full(mask)[:, :, 0].any(1).expand(b, m) if mask is not None and mask.shape[-1] == m and (mask.dim() < 2 or mask.shape[-2] == 1) and per_sample else None
@@ -195,6 +197,7 @@ def source_dropout_attention(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g 
                             ) -> Float[Tensor, 'b h n e']:
     "Attention over a random number of keys: it regularises like SSA, but as the sizes vary it is a mask and saves nothing."
     n, m = q.shape[2], k.shape[2]
+    check_pairs((*q.shape[:3], m), bias=bias, mask=mask)
     keep = source_keep(m, p, len(q), pairs=(q.shape[1], n) if pairs else None, per_sample=per_sample, always=always, generator=generator, device=q.device)
     if causal or n == m and mask is not None and mask.dim() > 1 and mask.shape[-2] > 1: keep = keep | torch.eye(n, m, dtype=torch.bool, device=q.device)   # no empty rows
     return attention(q, k, v, bias=bias, mask=keep if mask is None else keep & mask, causal=causal, scale=scale, dropout_p=dropout_p)
@@ -298,6 +301,7 @@ def locally_biased_attention(q: Float[Tensor, 'b h n d'],
     if k.shape[2] != n: raise ValueError(f'locally biased attention needs as many queries as keys, got {n} and {k.shape[2]}')
     if H * W != n - c: raise ValueError(f'size must hold the {n - c} tokens behind the first {c}, got {size}')
     if causal and H > 1: raise ValueError(f'causal needs a sequence, got a grid of size {size}')
+    check_pairs((b, h, n, n), bias=bias, mask=mask)
     if k.shape[1] != h: k, v = (t.repeat_interleave(h // t.shape[1], 1) for t in (k, v))
     if windows is None: windows = local_windows(size, window, sigma, b, shift=shift, per_sample=per_sample, generator=generator, device=q.device)
     queries, keys, real = windows.queries + c, windows.keys + c, windows.real
@@ -508,7 +512,7 @@ def _torch_call(sampling, query, key, value, attn_mask=None, dropout_p=0., is_ca
     q, k, v = (t.unsqueeze(1) if flat else t for t in (query, key, value))
     if q.dim() != 4: raise ValueError(f'query must be (b h n d) or (b n d) to be subsampled, got {tuple(query.shape)}')
     n, m, bias, mask = q.shape[2], k.shape[2], None, attn_mask
-    if mask is not None and flat and mask.dim() == 3: mask = mask.unsqueeze(1)
+    if mask is not None: mask = mask.unsqueeze(1) if flat and mask.dim() == 3 else full(mask)       # torch's rule: two axes are queries and keys
     if mask is not None and mask.dtype != torch.bool:                     # the lowest numbers stand for "may not look"
         bias, mask = mask, mask > torch.finfo(mask.dtype).min / 2
         bias = bias.masked_fill(~mask, 0)

@@ -22,7 +22,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..kernels.entropy_attention import blockwise_attention, softmax_end, softmax_step, widened
+from ..kernels.entropy_attention import (
+    as_written, blockwise_attention, check_pairs, softmax_end, softmax_step, widened)
 from ..layers.attention import Attention, attention, attention_scores, masked_softmax
 from ..layers.block import act_named
 from ..layers.embed import pair
@@ -100,10 +101,7 @@ def _check(q, k, v, bias, factor, mask):
             if heads not in (1, full[1]) or rows % 2 == 0 or rows < 2 * full[3] - 1 or full[2] > full[3]:
                 raise ValueError(f'{name} must be a table of an odd number of rows, at least {2 * full[3] - 1}, and {full[1]} heads, for n = {full[2]} queries at the end of m = {full[3]} keys, got {rows} rows, {heads} heads')
             continue
-        try: fits = torch.broadcast_shapes(x.shape, full) == full
-        except RuntimeError: fits = False
-        if not fits: raise ValueError(f'{name} must broadcast to (b h n m) = {full}, got {tuple(x.shape)}')
-    if mask is not None and mask.dtype != torch.bool: raise ValueError(f'mask must be of dtype bool (True = may look), got {mask.dtype}')
+        check_pairs(full, **{name: x})
 
 # %% ../../nbs/01_dynamics/03_urpe.ipynb #29f1822d
 def urpe_attention(q: Float[Tensor, 'b h n d'],
@@ -726,7 +724,7 @@ class _Blockwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, factor, mask, setup, size):
         m, Q = k.shape[-2], widened(q)
-        with torch.autocast(q.device.type, enabled=False):
+        with as_written(q):
             K, V = k.to(Q.dtype), v.to(Q.dtype)
             B, C = (None if x is None else x.to(Q.dtype) for x in (bias, factor))
             top = Q.new_full(q.shape[:-1], torch.finfo(Q.dtype).min)
@@ -746,7 +744,7 @@ class _Blockwise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         (q, k, v, bias, factor, mask, out, lse), (setup, size) = ctx.saved_tensors, ctx.setup
-        with torch.autocast(q.device.type, enabled=False):
+        with as_written(q):
             Q, K, V, G = (x.to(out.dtype) for x in (q, k, v, grad))
             B, C = (None if x is None else x.to(out.dtype) for x in (bias, factor))
             gq, gk, gv = torch.zeros_like(Q), torch.empty_like(K), torch.empty_like(V)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'widened', 'as_written', 'repeat_heads', 'Measured', 'naive_entropy_attention', 'softmax_step',
-           'softmax_end', 'blockwise_attention', 'twice_attention', 'refusal', 'choose', 'lowered', 'check_qkv',
-           'within', 'entropy_attention', 'query_entropy', 'explain']
+           'softmax_end', 'blockwise_attention', 'twice_attention', 'refusal', 'choose', 'lowered', 'check_pairs',
+           'check_qkv', 'within', 'entropy_attention', 'query_entropy', 'explain']
 
 # %% ../../nbs/10_fast_paths/01_entropy_attention.ipynb #6f725d6c
 import functools, math, warnings
@@ -302,14 +302,11 @@ def lowered(*tensors):
     if device == 'meta' or not torch.is_autocast_enabled(device): return tensors
     return tuple(x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() and x.dtype != torch.float64 else x for x in tensors)
 
-def check_qkv(q, k, v, bias, mask):
-    "ValueError unless shapes and dtypes are those that `entropy_attention` says."
-    if not (q.dim() == k.dim() == v.dim() == 4) or q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
-        raise ValueError(f'q, k, v must be (b h n d), (b g m d), (b g m e), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}')
-    if not k.shape[1] or q.shape[1] % k.shape[1]: raise ValueError(f'the {q.shape[1]} heads of q must be a multiple of the {k.shape[1]} heads of k and v')
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point(): raise ValueError(f'q, k, v must be of one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}')
-    full = (*q.shape[:3], k.shape[2])
-    for name, x in dict(bias=bias, mask=mask).items():
+def check_pairs(full: tuple[int, int, int, int], # b h n m
+                **given: Tensor | None           # a bias, a mask … by their names
+               ):
+    "ValueError if one of `given` does not broadcast to b h n m or, having two or three axes, does so in two ways; a mask must be boolean."
+    for name, x in given.items():
         if x is None: continue
         try: fits = x.dim() <= 4 and torch.broadcast_shapes(x.shape, full) == full
         except RuntimeError: fits = False
@@ -317,9 +314,18 @@ def check_qkv(q, k, v, bias, mask):
         if x.shape == (full[0], full[3]) and full[0] == full[2] > 1:
             raise ValueError(f'{name} must say whether its {full[0]} rows are the batch or the queries, got {tuple(x.shape)}: '
                              f'write {name}[:, None, None] for batch x keys, {name}[None, None] for queries x keys')
+    mask = given.get('mask')
     if mask is not None and mask.dim() == 3 and mask.shape[0] == full[0] == full[1] > 1:
         raise ValueError(f'mask must say whether its {full[0]} parts are the batch or the heads, got {tuple(mask.shape)}: write mask[:, None] for the batch, mask[None] for the heads')
     if mask is not None and mask.dtype != torch.bool: raise ValueError(f'mask must be of dtype bool (True = may look), got {mask.dtype}; numbers to add to the scores go into bias')
+
+def check_qkv(q, k, v, bias, mask):
+    "ValueError unless shapes and dtypes are those that `entropy_attention` says."
+    if not (q.dim() == k.dim() == v.dim() == 4) or q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
+        raise ValueError(f'q, k, v must be (b h n d), (b g m d), (b g m e), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}')
+    if not k.shape[1] or q.shape[1] % k.shape[1]: raise ValueError(f'the {q.shape[1]} heads of q must be a multiple of the {k.shape[1]} heads of k and v')
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point(): raise ValueError(f'q, k, v must be of one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}')
+    check_pairs((*q.shape[:3], k.shape[2]), bias=bias, mask=mask)
 
 def within(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     "`bias` with its finite numbers inside the range of `dtype`: the smallest number of a wider type would else be -inf where a kernel adds in `dtype`, and a number where it does not."

@@ -270,6 +270,8 @@ def attention(q: Float[Tensor, 'b h n d'],
                                      return_entropy=return_entropy)
     q, k, v = kernels.lowered(q, k, v)
     kernels.check_qkv(q, k, v, bias, mask)
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f'dropout_p must lie in [0, 1], got {dropout_p}')
     bias = kernels.within(bias, q.dtype)
     wanted = _wanted(q, k, v, bias, mask, causal, dropout_p, return_weights, return_entropy)
     asked = backend
@@ -324,6 +326,8 @@ class Attention(nn.Module):
                  norm_layer: Callable[[int], nn.Module] = nn.LayerNorm): # for qk_norm
         super().__init__()
         if dim % num_heads: raise ValueError(f'num_heads must divide dim={dim}, got {num_heads}')
+        if not 0 <= attn_drop <= 1:
+            raise ValueError(f'attn_drop must lie in [0, 1], got {attn_drop}')
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm = norm_layer(self.head_dim) if qk_norm else nn.Identity()

@@ -600,6 +600,11 @@ class Qwen25VL(OfficialQwen, nn.Module):
         self.image_token, self.video_token = image_token, video_token
         self.ids = dict(image_token=image_token, video_token=video_token, merge_size=self.visual.merge_size, tokens_per_second=tokens_per_second, whole_seconds=whole_seconds, skip_time=skip_time)
 
+    def words(self, tokens: Int[Tensor, 'b n']) -> Float[Tensor, 'b n c']:
+        "The rows of the matrix of words. ValueError for a token that has none."
+        try: return self.language.embed(tokens)
+        except IndexError: raise ValueError(f'tokens must lie in 0 … vocab_size - 1 = {self.language.embed.num_embeddings - 1}, got {int(tokens.min())} … {int(tokens.max())}') from None
+
     def embed(self,
               tokens: Int[Tensor, 'b n'],
               images: Float[Tensor, 'p d'] | None = None,
@@ -608,7 +613,7 @@ class Qwen25VL(OfficialQwen, nn.Module):
               video_grids: Sequence[Sequence[int]] | Int[Tensor, 'v 3'] = (),
              ) -> Float[Tensor, 'b n c']:
         "Embedded tokens, the placeholders filled with what the vision tower says."
-        x = self.language.embed(tokens)
+        x = self.words(tokens)
         for name, token, patches, grids in (('images', self.image_token, images, image_grids), ('videos', self.video_token, videos, video_grids)):
             here = tokens == token
             if patches is None:
@@ -633,7 +638,7 @@ class Qwen25VL(OfficialQwen, nn.Module):
                ) -> Float[Tensor, 'b _ k']:
         start, after = cache.next_ids if cache is not None and len(cache) else None, None
         plain = start is not None and images is None and videos is None                  # a placeholder that was generated is a word
-        x = self.language.embed(tokens) if plain else self.embed(tokens, images, image_grids, videos, video_grids)
+        x = self.words(tokens) if plain else self.embed(tokens, images, image_grids, videos, video_grids)
         if ids is None and plain: ids = (start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)).expand(3, -1, -1)
         elif ids is None:
             ids, after = mrope_ids(tokens, image_grids, video_grids, seconds, mask=mask, **self.ids)
@@ -751,8 +756,11 @@ def _question() -> tuple[Int[Tensor, 'b n'], Float[Tensor, 'p f'], list]:
     return words, torch.randn(48, 96, generator=torch.Generator().manual_seed(0)), [(1, 4, 6)] * 2
 
 _reads = 'the ids of a token follow from the values of those before it, so that the graph is not known beforehand; the vision tower and the decoder compile'
-_whole = dict(**_qwen, example=_small, inputs=_question, compiles=_reads)
-_tower = dict(**_qwen, example=_small_tower | dict(out_dim=24), inputs=_patches)
+_rows = 'the patches of all pictures lie in one table, without an axis of samples'
+_whole = dict(**_qwen, example=_small, inputs=_question, compiles=_reads,
+              reasons={'torch.func': _rows, 'meta': 'counts the placeholders among the tokens, whose values meta tensors lack'})
+_tower = dict(**_qwen, example=_small_tower | dict(out_dim=24), inputs=_patches,
+              reasons={'torch.func': _rows, 'meta': 'makes its tables of places and windows on the CPU, where they are kept'})
 
 @register_model(**_whole)
 def qwen25_vl_3b(vocab_size: int = 151936, embed_dim: int = 2048, depth: int = 36, num_heads: int = 16, num_kv_heads: int = 2, mlp_hidden: int = 11008, tie_embeddings: bool = True, **arguments) -> Qwen25VL:

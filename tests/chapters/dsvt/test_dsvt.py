@@ -621,3 +621,38 @@ def test_radius_leaves_the_overlap(length, width, overlap):
     moved, shrunk = common / (2 * area - common), (length - 2 * r) * (width - 2 * r) / area
     grown = area / ((length + 2 * r) * (width + 2 * r))
     assert min(moved, shrunk, grown) == pytest.approx(overlap, abs=1e-4)
+
+
+def test_boxes_that_count_for_nothing_and_labels_that_are_none(unchecked):
+    "Padding, boxes without a side and boxes far outside leave the targets as they are; what cannot be meant is named."
+    target = lambda boxes, labels: D.center_targets(boxes, labels, 3, (24, 24), (1., 1., 6.), (-12., -12., -2.))
+    good, label = torch.tensor([[1.2, 1.6, 0, 2, 1, 1, .3]]), torch.tensor([1])
+    want = target(good, label)
+    assert want.heat[1, 13, 13] == 1 and want.at.tolist() == [13 * 24 + 13] and not want.heat[[0, 2]].any()
+    assert_close(want.codes, torch.tensor([[.2, .6, 0, math.log(2), 0, 0, math.cos(.3), math.sin(.3)]]))
+    flat, away = good * torch.tensor([1, 1, 1, 1, 1, 0, 1.]), good + torch.tensor([300., 0, 0, 0, 0, 0, 0])
+    for nothing in (torch.zeros(1, 7), flat, away, good * torch.tensor([1, 1, 1, -1., 1, 1, 1])):
+        for boxes in (torch.cat([good, nothing]), torch.cat([nothing, good])):
+            got = target(boxes, torch.tensor([1, 1]))
+            for a, b in zip(got, want, strict=True): assert_close(a, b)
+        assert not target(nothing, label).heat.any()
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match='boxes must be finite'): target(torch.cat([good, good * bad]), torch.tensor([1, 1]))
+    for labels in (torch.tensor([True]), torch.tensor([1.]), torch.tensor([1, 1]), torch.tensor([3]), torch.tensor([-1])):
+        with pytest.raises(ValueError, match='labels must be'): target(good, labels)
+
+
+def test_the_mlp_of_a_set_layer_is_called():
+    "So that a hook or an adapter on the whole of it acts; its dropout falls on the hidden layer alone."
+    layer = D.SetLayer(8, 2, proj_drop=.5).train()
+    seen, x, sets = [], torch.randn(6, 8), torch.arange(6).view(2, 3)
+    hook = layer.mlp.register_forward_hook(lambda module, given, out: seen.append(out) or out * 0)
+    out = layer.inner(x, None, sets)
+    assert len(seen) == 1 and seen[0].shape == (6, 8)
+    assert_close(out, layer.norm2(layer.norm1(x + layer.attn(x, None, sets))))
+    hook.remove()
+    with torch.no_grad():
+        layer.mlp.fc2.weight.fill_(1.), layer.mlp.fc2.bias.zero_()
+        first, second = layer.mlp(x), layer.mlp(x)
+    assert_close(first, first[:, :1].expand(-1, 8))                  # a dropped output would be 0 beside others that are not
+    assert first.all() and not torch.equal(first, second)
