@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from .probe import recording  # noqa: F401, an old name
 
 # %% ../nbs/00_foundations/12_seeing.ipynb #6800a235
 # told apart with every kind of colour vision

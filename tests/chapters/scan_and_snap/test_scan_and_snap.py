@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from vitbook.dynamics import scan_and_snap as S
+from vitbook.probe import recording
 
 rate = st.floats(.05, 20.)
 
@@ -270,7 +271,7 @@ def test_lift_in_a_hugging_face_model():
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)).eval()
     ids = torch.randint(0, 50, (4, 16), generator=rng(0))
-    with see.recording(model) as rec: model(ids)
+    with recording(model) as rec: model(ids)
     lifts = torch.stack([S.lift(w, ids < 25, mask=torch.ones(16, 16, dtype=torch.bool).tril()) for w in rec.weights])
     assert lifts.shape == (2, 2) and (lifts - 1).abs().max() < .1
 

@@ -563,7 +563,7 @@ def test_attention_mode_takes_the_tokens_most_looked_at(kind):
     for i in range(4): assert score[i][r.row[0][0][i] > 0].min() >= score[i][r.row[0][0][i] == 0].max() - 1e-7
     if kind == 'plain':
         block = model.rows[0][0].blocks[0]
-        from vitbook.see import recording
+        from vitbook.probe import recording
         with recording(block) as rec: block(start)
         assert_close(score, rec.weights[0].mean((1, 2)))
 
