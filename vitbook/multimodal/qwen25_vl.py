@@ -142,11 +142,11 @@ def patch_positions(grids: Sequence[Grid], merge_size: int = 2) -> Int[Tensor, '
 def axial_angles(positions: Int[Tensor, 'n 2'], head_dim: int, theta: float = 10000.) -> Float[Tensor, 'n k']: # k = head_dim / 2
     "Angles of 2-D rotary positions: a quarter of the head's width turns with the row, at falling speeds, the next with the column. Source: arXiv:2502.13923, sec. 2.1."
     if head_dim % 4: raise ValueError(f'head_dim must be a multiple of 4, got {head_dim}')
-    return (positions[..., None] * frequencies(head_dim // 2, theta).to(positions.device)).flatten(1)
+    return (positions[..., None] * frequencies(head_dim // 2, theta, 'cpu').to(positions.device)).flatten(1)
 
-def frequencies(dim: int, theta: float = 10000.) -> Float[Tensor, 'k']:
+def frequencies(dim: int, theta: float = 10000., device: torch.device | str | None = None) -> Float[Tensor, 'k']:
     "theta^(-2k/dim) for k = 0 … dim/2 - 1."
-    return 1. / theta ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)
+    return 1. / theta ** (torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim)
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #43bd0a66
 def rotate(x: Float[Tensor, '*b d'],   # queries or keys
@@ -326,7 +326,7 @@ class Qwen25Vision(OfficialQwen, nn.Module):
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #2f63ce0d
 def vision_ids(grid: Grid, start: int, step: float, merge_size: int = 2) -> Int[Tensor, '3 n']:
     "Time, row and column of the tokens of a picture or clip that begins at id `start`; `step` ids lie between two steps of time, rounded down after multiplying."
-    t, y, x = torch.arange(grid[0]), torch.arange(grid[1] // merge_size), torch.arange(grid[2] // merge_size)
+    t, y, x = (torch.arange(size, device='cpu') for size in (grid[0], grid[1] // merge_size, grid[2] // merge_size))
     return start + torch.stack(torch.meshgrid((t * step).floor().long(), y, x, indexing='ij')).flatten(1)
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #1ac150fe
@@ -356,7 +356,7 @@ def mrope_ids(tokens: Int[Tensor, 'b n'],
     grids = {image_token: list(check_grids(image_grids, merge_size)), video_token: list(check_grids(video_grids, merge_size))}
     seconds = [1.] * len(grids[video_token]) if seconds is None else [float(s) for s in seconds]
     if len(seconds) != len(grids[video_token]): raise ValueError(f'seconds must have one number for each of the {len(grids[video_token])} clips, got {len(seconds)}')
-    ids, after, used = torch.ones(3, *tokens.shape, dtype=torch.long), [], {image_token: 0, video_token: 0}
+    ids, after, used = torch.ones(3, *tokens.shape, dtype=torch.long, device='cpu'), [], {image_token: 0, video_token: 0}
     rows = tokens.cpu()
     for b, row in enumerate(rows):
         real = torch.ones_like(row, dtype=torch.bool) if mask is None else mask[b].cpu()
@@ -371,13 +371,13 @@ def mrope_ids(tokens: Int[Tensor, 'b n'],
             n = grid[0] * grid[1] * grid[2] // merge_size ** 2
             here = row[places[i]:places[i] + n]
             if len(here) != n or (here != kind).any(): raise ValueError(f'tokens must hold {n} placeholders {kind} in a row for grid {grid}, got {(here == kind).sum().item()}')
-            pieces.append((start + torch.arange(places[i] - at)).expand(3, -1))
+            pieces.append((start + torch.arange(places[i] - at, device='cpu')).expand(3, -1))
             start += places[i] - at
             second = seconds[number] if kind == video_token else 0.
             pieces.append(vision_ids(grid, start, (int(second) if whole_seconds else second) * tokens_per_second, merge_size))
             start = int((pieces[-1][1:] if skip_time else pieces[-1]).max()) + 1
             at, i = places[i] + n, i + n
-        pieces.append((start + torch.arange(len(row) - at)).expand(3, -1))
+        pieces.append((start + torch.arange(len(row) - at, device='cpu')).expand(3, -1))
         ids[:, b, real] = torch.cat(pieces, 1)
         after.append(start + len(row) - at)
     left = {kind: len(g) - used[kind] for kind, g in grids.items() if len(g) != used[kind]}
@@ -404,7 +404,7 @@ def rope_speeds(dim: int,
                 reach: int = 0,                           # one more than the largest id, for those that change with the length of a text
                ) -> tuple[Float[Tensor, 'k'], float]:
     "Speeds of the pairs and a factor for cos and sin, scaled for long texts: 'linear', 'dynamic', 'yarn' (arXiv:2309.00071), 'longrope' (arXiv:2402.13753), 'llama3'. ValueError for another type, or if a number is missing."
-    scaling, base = scaling or {}, frequencies(dim, theta)
+    scaling, base = scaling or {}, frequencies(dim, theta, 'cpu')
     kind = scaling.get('rope_type', scaling.get('type', 'default'))
     if kind not in _SCALINGS: raise ValueError(f"the type of scaling must be one of {', '.join(_SCALINGS)}, got {kind!r}")
     missing = [k for k in _SCALINGS[kind] if scaling.get(k) is None]
@@ -412,12 +412,12 @@ def rope_speeds(dim: int,
     if kind in ('default', 'mrope'): return base, 1.
     factor, length, given = scaling['factor'], scaling.get('original_max_position_embeddings'), scaling.get('attention_factor')
     if kind == 'linear': return base / factor, 1.
-    if kind == 'dynamic': return frequencies(dim, theta * (factor * max(reach, length) / length - factor + 1) ** (dim / (dim - 2))), 1.
+    if kind == 'dynamic': return frequencies(dim, theta * (factor * max(reach, length) / length - factor + 1) ** (dim / (dim - 2)), 'cpu'), 1.
     if kind == 'longrope':
         each = scaling['long_factor' if reach > length else 'short_factor']
         if len(each) != dim // 2: raise ValueError(f'short_factor and long_factor must have a number for each of the {dim // 2} pairs, got {len(each)}')
         grown = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.
-        return base / torch.tensor(each, dtype=torch.float), float(grown if given is None else given)
+        return base / torch.tensor(each, dtype=torch.float, device='cpu'), float(grown if given is None else given)
     if kind == 'llama3':
         waves, low, high = 2 * math.pi / base, length / scaling['low_freq_factor'], length / scaling['high_freq_factor']
         smooth = (length / waves - scaling['low_freq_factor']) / (scaling['high_freq_factor'] - scaling['low_freq_factor'])
@@ -427,7 +427,7 @@ def rope_speeds(dim: int,
     first, last = place(scaling.get('beta_fast') or 32), place(scaling.get('beta_slow') or 1)
     if scaling.get('truncate', True): first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, dim - 1)
-    slow = ((torch.arange(dim // 2) - first) / ((last - first) or .001)).clamp(0, 1)
+    slow = ((torch.arange(dim // 2, device='cpu') - first) / ((last - first) or .001)).clamp(0, 1)
     grown = lambda m: .1 * m * math.log(factor) + 1 if factor > 1 else 1.
     m, all_dim = scaling.get('mscale'), scaling.get('mscale_all_dim')
     return base / factor * slow + base * (1 - slow), float(given if given is not None else grown(m) / grown(all_dim) if m and all_dim else grown(1.))
