@@ -353,8 +353,10 @@ def frechet_distance(a: Float[Tensor, 'n f'],  # features of one set …
                     ) -> float:
     "Squared distance of two Gaussians with the sets' means and covariances. Source: arXiv:1706.08500, eq. 6."
     if min(len(a), len(b)) < 2: raise ValueError(f'a covariance needs two samples or more, got {len(a)} and {len(b)}')
-    if a.shape[1] != b.shape[1]: raise ValueError(f'a and b must have as many features, got {a.shape[1]} and {b.shape[1]}')
-    if not (a.isfinite().all() and b.isfinite().all()): raise ValueError('a and b must be finite, got nan or infinity among the features')
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f'a and b must have as many features, got {a.shape[1]} and {b.shape[1]}')
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ValueError('a and b must be finite, got nan or infinity among the features')
     (ma, sa), (mb, sb) = ((x.mean(0), torch.cov(x.T).view(x.shape[1], x.shape[1])) for x in (a.double(), b.double()))
     values, vectors = torch.linalg.eigh(sa)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T

@@ -270,8 +270,9 @@ def calendar(times: Int[Tensor, 't'],  # seconds since 1970-01-01 00:00
 
 # %% ../../nbs/00_foundations/17_series.ipynb #38a8c14b
 def difference(pred: Float[Tensor, '*b'], true: Float[Tensor, '*c']) -> Float[Tensor, '*b']:
-    "pred - true. ValueError unless both have one shape: a missing axis would be spread out, and the mean be another."
-    if pred.shape != true.shape: raise ValueError(f'pred must have the shape {tuple(true.shape)} of true, got {tuple(pred.shape)}')
+    "pred - true. ValueError unless both have one shape: a missing axis would be spread out unseen."
+    if pred.shape != true.shape:
+        raise ValueError(f'pred must have the shape {tuple(true.shape)} of true, got {tuple(pred.shape)}')
     return pred - true
 
 def mse(pred: Float[Tensor, '*b'], true: Float[Tensor, '*b']) -> Float[Tensor, '']:

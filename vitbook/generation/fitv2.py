@@ -179,7 +179,8 @@ def axis_frequencies(dim: int,                          # channels that turn wit
     if scaling not in SCALINGS: raise ValueError(f'scaling must be one of {", ".join(SCALINGS)}, got {scaling!r}')
     if dim < 2 or dim % 2: raise ValueError(f'dim must be even and at least 2, got {dim}')
     if dim == 2 and 'ntk' in scaling: raise ValueError(f'scaling={scaling!r} needs two frequencies or more an axis, got dim={dim}')
-    length = length if isinstance(length, Tensor) else torch.tensor(length)       # as_tensor would move it to the default device
+    # as_tensor would move it to the default device
+    length = length if isinstance(length, Tensor) else torch.tensor(length)
     power = torch.arange(0, dim, 2, device=length.device).float() / dim
     plain = theta ** -power
     if scaling == 'none': return plain.expand(*length.shape, -1)

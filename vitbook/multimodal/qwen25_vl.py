@@ -144,7 +144,8 @@ def axial_angles(positions: Int[Tensor, 'n 2'], head_dim: int, theta: float = 10
     if head_dim % 4: raise ValueError(f'head_dim must be a multiple of 4, got {head_dim}')
     return (positions[..., None] * frequencies(head_dim // 2, theta, 'cpu').to(positions.device)).flatten(1)
 
-def frequencies(dim: int, theta: float = 10000., device: torch.device | str | None = None) -> Float[Tensor, 'k']:
+def frequencies(dim: int, theta: float = 10000.,
+                device: torch.device | str | None = None) -> Float[Tensor, 'k']:
     "theta^(-2k/dim) for k = 0 … dim/2 - 1."
     return 1. / theta ** (torch.arange(0, dim, 2, dtype=torch.float, device=device) / dim)
 
@@ -326,7 +327,8 @@ class Qwen25Vision(OfficialQwen, nn.Module):
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #2f63ce0d
 def vision_ids(grid: Grid, start: int, step: float, merge_size: int = 2) -> Int[Tensor, '3 n']:
     "Time, row and column of the tokens of a picture or clip that begins at id `start`; `step` ids lie between two steps of time, rounded down after multiplying."
-    t, y, x = (torch.arange(size, device='cpu') for size in (grid[0], grid[1] // merge_size, grid[2] // merge_size))
+    sizes = grid[0], grid[1] // merge_size, grid[2] // merge_size
+    t, y, x = (torch.arange(size, device='cpu') for size in sizes)
     return start + torch.stack(torch.meshgrid((t * step).floor().long(), y, x, indexing='ij')).flatten(1)
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #1ac150fe
@@ -356,7 +358,8 @@ def mrope_ids(tokens: Int[Tensor, 'b n'],
     grids = {image_token: list(check_grids(image_grids, merge_size)), video_token: list(check_grids(video_grids, merge_size))}
     seconds = [1.] * len(grids[video_token]) if seconds is None else [float(s) for s in seconds]
     if len(seconds) != len(grids[video_token]): raise ValueError(f'seconds must have one number for each of the {len(grids[video_token])} clips, got {len(seconds)}')
-    ids, after, used = torch.ones(3, *tokens.shape, dtype=torch.long, device='cpu'), [], {image_token: 0, video_token: 0}
+    ids = torch.ones(3, *tokens.shape, dtype=torch.long, device='cpu')
+    after, used = [], {image_token: 0, video_token: 0}
     rows = tokens.cpu()
     for b, row in enumerate(rows):
         real = torch.ones_like(row, dtype=torch.bool) if mask is None else mask[b].cpu()
@@ -412,12 +415,15 @@ def rope_speeds(dim: int,
     if kind in ('default', 'mrope'): return base, 1.
     factor, length, given = scaling['factor'], scaling.get('original_max_position_embeddings'), scaling.get('attention_factor')
     if kind == 'linear': return base / factor, 1.
-    if kind == 'dynamic': return frequencies(dim, theta * (factor * max(reach, length) / length - factor + 1) ** (dim / (dim - 2)), 'cpu'), 1.
+    if kind == 'dynamic':
+        stretch = (factor * max(reach, length) / length - factor + 1) ** (dim / (dim - 2))
+        return frequencies(dim, theta * stretch, 'cpu'), 1.
     if kind == 'longrope':
         each = scaling['long_factor' if reach > length else 'short_factor']
         if len(each) != dim // 2: raise ValueError(f'short_factor and long_factor must have a number for each of the {dim // 2} pairs, got {len(each)}')
         grown = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.
-        return base / torch.tensor(each, dtype=torch.float, device='cpu'), float(grown if given is None else given)
+        each = torch.tensor(each, dtype=torch.float, device='cpu')
+        return base / each, float(grown if given is None else given)
     if kind == 'llama3':
         waves, low, high = 2 * math.pi / base, length / scaling['low_freq_factor'], length / scaling['high_freq_factor']
         smooth = (length / waves - scaling['low_freq_factor']) / (scaling['high_freq_factor'] - scaling['low_freq_factor'])
@@ -613,7 +619,9 @@ class Qwen25VL(OfficialQwen, nn.Module):
     def words(self, tokens: Int[Tensor, 'b n']) -> Float[Tensor, 'b n c']:
         "The rows of the matrix of words. ValueError for a token that has none."
         try: return self.language.embed(tokens)
-        except IndexError: raise ValueError(f'tokens must lie in 0 … vocab_size - 1 = {self.language.embed.num_embeddings - 1}, got {int(tokens.min())} … {int(tokens.max())}') from None
+        except IndexError:
+            raise ValueError(f'tokens must lie in 0 … vocab_size - 1 = {self.language.embed.num_embeddings - 1}, '
+                             f'got {int(tokens.min())} … {int(tokens.max())}') from None
 
     def embed(self,
               tokens: Int[Tensor, 'b n'],
@@ -778,9 +786,11 @@ def _question() -> tuple[Int[Tensor, 'b n'], Float[Tensor, 'p f'], list]:
 _reads = 'the ids of a token follow from the values of those before it, so that the graph is not known beforehand; the vision tower and the decoder compile'
 _rows = 'the patches of all pictures lie in one table, without an axis of samples'
 _whole = dict(**_qwen, example=_small, inputs=_question, compiles=_reads,
-              reasons={'torch.func': _rows, 'meta': 'counts the placeholders among the tokens, whose values meta tensors lack'})
+              reasons={'torch.func': _rows,
+                       'meta': 'counts the placeholders among the tokens, whose values meta tensors lack'})
 _tower = dict(**_qwen, example=_small_tower | dict(out_dim=24), inputs=_patches,
-              reasons={'torch.func': _rows, 'meta': 'makes its tables of places and windows on the CPU, where they are kept'})
+              reasons={'torch.func': _rows,
+                       'meta': 'makes its tables of places and windows on the CPU, where they are kept'})
 
 @register_model(**_whole)
 def qwen25_vl_3b(vocab_size: int = 151936, embed_dim: int = 2048, depth: int = 36, num_heads: int = 16, num_kv_heads: int = 2, mlp_hidden: int = 11008, tie_embeddings: bool = True, **arguments) -> Qwen25VL:
