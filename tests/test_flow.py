@@ -287,7 +287,9 @@ def test_bad_input_is_named(call, words, unchecked):
     with pytest.raises(ValueError, match=words): call()
 
 
-@pytest.mark.parametrize('words, a, b', [('as many features', (5, 2), (5, 3)), ('finite', (5, 3), None), ('two samples', (1, 3), (5, 3))])
+@pytest.mark.parametrize('words, a, b',
+                         [('as many features', (5, 2), (5, 3)), ('finite', (5, 3), None),
+                          ('two samples', (1, 3), (5, 3))])
 def test_a_frechet_distance_of_unlike_sets_is_refused(words, a, b, unchecked):
     other = torch.rand(5, 3).masked_fill(torch.eye(5, 3).bool(), math.nan) if b is None else torch.rand(b)
     with pytest.raises(ValueError, match=words): F.frechet_distance(torch.rand(a), other)

@@ -266,5 +266,6 @@ def test_errors_of_other_shapes_are_refused(name, unchecked):
     measure, true = getattr(S, name), torch.rand(2, 4, 3)
     for pred in (true[..., :1], true[0], true.mT):
         with pytest.raises(ValueError, match='pred must have the shape'): measure(pred, true)
-    with pytest.raises(ValueError, match='pred must have the shape'): S.mase(true[:, :1], true, torch.rand(9, 3))
+    with pytest.raises(ValueError, match='pred must have the shape'):
+        S.mase(true[:, :1], true, torch.rand(9, 3))
     assert measure(true, true) == 0

@@ -1,11 +1,11 @@
-"""Every registered model under what others do to a model: copies and pickles, other batches, frozen norms, gradients of single samples, the meta device, ONNX.
+"""Every registered model under what others do to one: copies, other batches, frozen norms, vmap, meta, ONNX.
 
 What a model cannot do stands with its reason in its registration (`reasons`), under one of WHAT."""
 import contextlib, copy, io, pickle, traceback, warnings
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,10 +16,9 @@ from vitbook.registry import create_model, example_inputs
 from vitbook.train import fit
 
 WHAT = 'torch.func', 'meta', 'meta in training', 'meta in evaluation', 'onnx'
-BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d
-DRAWS_ROUTES = 'which cells a picture visits follows from its gates: how many there are is not known beforehand'
+DRAWS_ROUTES = 'which cells a picture visits follows from its gates: their number is not known before'
 HELD = {'token_routing_b1': {'torch.func': DRAWS_ROUTES, 'meta in evaluation': DRAWS_ROUTES},
-        'histoformer': {'onnx': 'sorts along the rows and columns, and ONNX has no sort that torch.onnx would translate it to'}}
+        'histoformer': {'onnx': 'sorts rows and columns by an operator that torch.onnx translates to none'}}
 small = pytest.mark.parametrize('name', SMALL)
 picture = pytest.mark.parametrize('name', [name for name in SMALL if name in IMAGE])
 
@@ -32,13 +31,15 @@ def unless_said(name, what):
 
 def test_reasons_are_reasons():
     for name in NAMES:
-        for what, reason in INFO[name].reasons.items(): assert what in WHAT and len(reason) > 20, (name, what, reason)
+        for what, reason in INFO[name].reasons.items():
+            assert what in WHAT and len(reason) > 20, (name, what, reason)
 
 
-@pytest.mark.parametrize('copied', [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=['deepcopy', 'pickle'])
+@pytest.mark.parametrize('copied', [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+                         ids=['deepcopy', 'pickle'])
 @small
 def test_a_copy_computes_the_same(name, copied):
-    "Also of a model that has computed already, so that what it keeps from a call goes along, and after the copy's weights moved."
+    "Also of a model that has computed already, with what it keeps, and after the copy's weights moved."
     model, given = build(name).eval(), example_inputs(name)
     with torch.no_grad():
         out = model(*given)
@@ -79,19 +80,22 @@ def test_an_odd_batch_is_its_pictures(name, unchecked):
     model, (x,) = build(name).eval().double(), doubled(example_inputs(name, 3))
     with torch.no_grad():
         rows = [tensors(model(one[None])) for one in x]
-        for whole, *ones in zip(tensors(model(x)), *rows, strict=True): assert_close(whole, torch.cat(ones), atol=1e-9, rtol=1e-9)
+        for whole, *ones in zip(tensors(model(x)), *rows, strict=True):
+            assert_close(whole, torch.cat(ones), atol=1e-9, rtol=1e-9)
 
 
 @picture
 def test_frozen_norms_stay_frozen(name, unchecked):
     "Through a step of training and the evaluation after it: numbers, mode, and no gradient."
     model, (x,) = build(name), example_inputs(name, 3)
-    norms = {path: m for path, m in model.named_modules() if isinstance(m, (*BATCH_NORMS, nn.LayerNorm)) or 'Norm' in type(m).__name__}
-    assert norms
+    norms = {path: m for path, m in model.named_modules() if 'Norm' in type(m).__name__}
+    if not norms: pytest.skip(f'{name} has no norms')
     for m in norms.values(): m.requires_grad_(False).eval()
     others = [p for p in model.parameters() if p.requires_grad]
-    before, moved = {path: copy.deepcopy(m.state_dict()) for path, m in norms.items()}, [p.detach().clone() for p in others]
-    fit(model, lambda step: x, loss=lambda model, x: loss(model(x)).float(), steps=1, evaluate=lambda model: dict(seen=float(loss(model.eval()(x)))), progress=False)
+    before = {path: copy.deepcopy(m.state_dict()) for path, m in norms.items()}
+    moved = [p.detach().clone() for p in others]
+    fit(model, lambda step: x, loss=lambda model, x: loss(model(x)).float(), steps=1,
+        evaluate=lambda model: dict(seen=float(loss(model.eval()(x)))), progress=False)
     for path, m in norms.items():
         assert not m.training, path
         assert all(torch.equal(value, before[path][key]) for key, value in m.state_dict().items()), path
@@ -109,9 +113,11 @@ def test_gradients_of_single_samples(name, unchecked):
     def one(params, *given): return loss(functional_call(model, params, tuple(x[None] for x in given)))
 
     got = vmap(grad(one), in_dims=(None, *(0 for _ in given)), randomness='different')(params, *given)
+    trained = [p for p in model.parameters() if p.requires_grad]
     for i in range(given[0].shape[0]):
-        want = torch.autograd.grad(loss(model(*(x[i:i + 1] for x in given))), [p for p in model.parameters() if p.requires_grad], allow_unused=True, materialize_grads=True)
-        for key, w in zip(params, want, strict=True): assert_close(got[key][i], w, atol=1e-10, rtol=1e-8, msg=lambda text: f'{key}: {text}')
+        want = torch.autograd.grad(loss(model(*(x[i:i + 1] for x in given))), trained, materialize_grads=True)
+        for key, w in zip(params, want, strict=True):
+            assert_close(got[key][i], w, atol=1e-10, rtol=1e-8)
 
 
 class Elsewhere(TorchDispatchMode):
@@ -123,8 +129,9 @@ class Elsewhere(TorchDispatchMode):
     def __torch_dispatch__(self, call, kinds, args=(), kwargs=None):
         out = call(*args, **(kwargs or {}))
         if any(isinstance(x, Tensor) and not x.is_meta for x in tree_leaves(out)):
-            line = next((f'{frame.filename}:{frame.lineno}' for frame in reversed(traceback.extract_stack()) if 'vitbook/' in frame.filename), '')
-            self.found.add(f'{call} at {line}')
+            ours = [f'{at.filename}:{at.lineno}'
+                    for at in traceback.extract_stack() if 'vitbook/' in at.filename]
+            self.found.add(f'{call} at {ours[-1:]}')
         return out
 
 
@@ -138,20 +145,21 @@ def test_forward_and_backward_on_the_meta_device(name, mode, unchecked):
         out = model(*given)
         loss(out).backward()
     assert not made.found
-    assert all(x.is_meta for x in tensors(out)) and all(p.grad is None or p.grad.is_meta for p in model.parameters())
-    assert any(p.grad is not None for p in model.parameters())
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    assert grads and all(x.is_meta for x in (*tensors(out), *grads))
 
 
 @pytest.mark.dear
 @picture
 def test_onnx(name, unchecked):
-    "The exported graph, computed by ONNX's own reference, for another number of pictures than it was exported with."
+    "The exported graph, computed by ONNX's own reference, for more pictures than it was exported with."
     from onnx.reference import ReferenceEvaluator
     unless_said(name, 'onnx')
     model, (x,), more = build(name, **shallow(name)).eval(), example_inputs(name), example_inputs(name, 3)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter('ignore')
-        graph = torch.onnx.export(model, (x,), dynamo=True, optimize=False, verbose=False, dynamic_shapes=({0: torch.export.Dim('batch')},)).model_proto
+        graph = torch.onnx.export(model, (x,), dynamo=True, optimize=False, verbose=False,
+                                  dynamic_shapes=({0: torch.export.Dim('batch')},)).model_proto
     with torch.no_grad(): want = tensors(model(*more))
     got = ReferenceEvaluator(graph).run(None, {graph.graph.input[0].name: more[0].numpy()})
     for g, w in zip(got, want, strict=True): assert_close(torch.from_numpy(g), w, atol=1e-4, rtol=1e-3)

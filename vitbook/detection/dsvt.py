@@ -120,14 +120,16 @@ class SetAttention(nn.Module):
 # %% ../../nbs/05_detection/06_dsvt.ipynb #dba2a5d2
 class SetMlp(Mlp):
     "The MLP with its dropout on the hidden layer alone."
-    def forward(self, x: Float[Tensor, 'n c']) -> Float[Tensor, 'n c']: return self.fc2(self.drop(self.hidden(x)))
+    def forward(self, x: Float[Tensor, 'n c']) -> Float[Tensor, 'n c']:
+        return self.fc2(self.drop(self.hidden(x)))
 
 
 class SetLayer(nn.Module):
     "Set attention and an MLP, each with a residual connection and a norm behind it, and one around both."
     def __init__(self, dim: int, num_heads: int = 8, hidden_dim: int | None = None, act_layer: Callable[[], nn.Module] = nn.GELU, attn_drop: float = 0., proj_drop: float = 0.):
         super().__init__()
-        self.attn, self.mlp = SetAttention(dim, num_heads, attn_drop), SetMlp(dim, hidden_dim or 2 * dim, act_layer=act_layer, drop=proj_drop)
+        self.attn = SetAttention(dim, num_heads, attn_drop)
+        self.mlp = SetMlp(dim, hidden_dim or 2 * dim, act_layer=act_layer, drop=proj_drop)
         self.norm1, self.norm2, self.norm = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def inner(self, x: Float[Tensor, 'n c'], pos: Float[Tensor, 'n c'] | None, inds: Int[Tensor, 's t'], mask: Bool[Tensor, 's t'] | None = None, slots: Int[Tensor, 'n'] | None = None) -> Float[Tensor, 'n c']:
@@ -624,7 +626,8 @@ def center_targets(boxes: Float[Tensor, 'm 7'], labels: Int[Tensor, 'm'], num_cl
     `gaussian_radius`'s. ValueError if a number of a box is not finite, or a label none of the classes. Source: arXiv:2006.11275, sec. 4."""
     if not boxes.isfinite().all(): raise ValueError(f'boxes must be finite, got {(~boxes.isfinite()).any(1).sum().item()} of {len(boxes)} with nan or infinity')
     if labels.shape != boxes.shape[:1] or labels.dtype not in (torch.int32, torch.int64):
-        raise ValueError(f'labels must be {len(boxes)} class numbers of an integer type, one for each box, got {tuple(labels.shape)} of {labels.dtype}')
+        raise ValueError(f'labels must be {len(boxes)} integers, one for each box, '
+                         f'got {tuple(labels.shape)} of {labels.dtype}')
     edge = boxes.new_tensor([[low[0], low[1]], [low[0] + size[1] * cell[0], low[1] + size[0] * cell[1]]])
     counts = (boxes[:, 3:6] > 0).all(1) & (boxes[:, :2] >= edge[0]).all(1) & (boxes[:, :2] <= edge[1]).all(1)
     boxes, labels = boxes[counts], labels[counts]

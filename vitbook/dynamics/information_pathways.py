@@ -117,7 +117,9 @@ def attention_and_own(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b h m d'], 
                       scale: float | None = None, dropout_p: float = 0.) -> Float[Tensor, 'b h n e']:
     "Attention in which each query has one more key, its own: a row is never empty, whatever the mask leaves of the drawn ones."
     scale = q.shape[-1] ** -.5 if scale is None else scale
-    with as_written(q): s, own = widened(q) @ widened(k).mT * scale, (widened(q) * widened(own_k)).sum(-1, keepdim=True) * scale
+    with as_written(q):
+        s = widened(q) @ widened(k).mT * scale
+        own = (widened(q) * widened(own_k)).sum(-1, keepdim=True) * scale
     if bias is not None: s = s + bias
     if own_bias is not None: own = own + own_bias
     s = s.masked_fill(~mask, -math.inf)
@@ -512,7 +514,8 @@ def _torch_call(sampling, query, key, value, attn_mask=None, dropout_p=0., is_ca
     q, k, v = (t.unsqueeze(1) if flat else t for t in (query, key, value))
     if q.dim() != 4: raise ValueError(f'query must be (b h n d) or (b n d) to be subsampled, got {tuple(query.shape)}')
     n, m, bias, mask = q.shape[2], k.shape[2], None, attn_mask
-    if mask is not None: mask = mask.unsqueeze(1) if flat and mask.dim() == 3 else full(mask)       # torch's rule: two axes are queries and keys
+    # torch's rule: two axes are queries and keys
+    if mask is not None: mask = mask.unsqueeze(1) if flat and mask.dim() == 3 else full(mask)
     if mask is not None and mask.dtype != torch.bool:                     # the lowest numbers stand for "may not look"
         bias, mask = mask, mask > torch.finfo(mask.dtype).min / 2
         bias = bias.masked_fill(~mask, 0)

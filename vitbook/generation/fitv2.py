@@ -178,7 +178,8 @@ def axis_frequencies(dim: int,                          # channels that turn wit
     Source: arXiv:2402.12376, sec. 3.3; arXiv:2309.00071, eq. 13-23."""
     if scaling not in SCALINGS: raise ValueError(f'scaling must be one of {", ".join(SCALINGS)}, got {scaling!r}')
     if dim == 2 and 'ntk' in scaling: raise ValueError(f'scaling={scaling!r} needs two frequencies or more an axis, got dim={dim}')
-    length = torch.as_tensor(length)
+    # as_tensor would move it to the default device
+    length = length if isinstance(length, Tensor) else torch.tensor(length)
     at = lambda base: frequencies(dim, base, torch.float, length.device)
     kept = lambda fast, slow: hands_kept(dim, train_len, fast, slow, theta, device=length.device)
     plain = at(theta)

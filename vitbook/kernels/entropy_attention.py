@@ -305,7 +305,9 @@ def lowered(*tensors):
 def check_pairs(full: tuple[int, int, int, int], # b h n m
                 **given: Tensor | None           # a bias, a mask … by their names
                ):
-    "ValueError if one of `given` does not broadcast to b h n m or, having two or three axes, does so in two ways; a mask must be boolean."
+    """ValueError if one of `given` does not broadcast to b h n m, or does so in two ways.
+
+    Of two or three axes that can be; a mask must be boolean."""
     for name, x in given.items():
         if x is None: continue
         try: fits = x.dim() <= 4 and torch.broadcast_shapes(x.shape, full) == full
@@ -323,8 +325,11 @@ def check_qkv(q, k, v, bias, mask):
     "ValueError unless shapes and dtypes are those that `entropy_attention` says."
     if not (q.dim() == k.dim() == v.dim() == 4) or q.shape[0] != k.shape[0] or k.shape[:3] != v.shape[:3] or q.shape[3] != k.shape[3]:
         raise ValueError(f'q, k, v must be (b h n d), (b g m d), (b g m e), got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}')
-    if not k.shape[1] or q.shape[1] % k.shape[1]: raise ValueError(f'the {q.shape[1]} heads of q must be a multiple of the {k.shape[1]} heads of k and v')
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point(): raise ValueError(f'q, k, v must be of one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}')
+    if not k.shape[1] or q.shape[1] % k.shape[1]:
+        raise ValueError(f'the {q.shape[1]} heads of q must be a multiple of the {k.shape[1]} '
+                         f'heads of k and v')
+    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
+        raise ValueError(f'q, k, v must be of one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}')
     check_pairs((*q.shape[:3], k.shape[2]), bias=bias, mask=mask)
 
 def within(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

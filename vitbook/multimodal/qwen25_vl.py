@@ -143,7 +143,7 @@ def axial_angles(positions: Int[Tensor, 'n 2'], head_dim: int, theta: float = 10
 
     Each half at falling speeds. Source: arXiv:2502.13923, sec. 2.1."""
     if head_dim % 4: raise ValueError(f'head_dim must be a multiple of 4, got {head_dim}')
-    speeds = frequencies(head_dim // 2, theta, torch.float).to(positions.device)
+    speeds = frequencies(head_dim // 2, theta, torch.float, 'cpu').to(positions.device)
     return (positions[..., None] * speeds).flatten(1)
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #7eca5e92
@@ -315,7 +315,8 @@ class Qwen25Vision(OfficialQwen, nn.Module):
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #2f63ce0d
 def vision_ids(grid: Grid, start: int, step: float, merge_size: int = 2) -> Int[Tensor, '3 n']:
     "Time, row and column of the tokens of a picture or clip that begins at id `start`; `step` ids lie between two steps of time, rounded down after multiplying."
-    t, y, x = torch.arange(grid[0]), torch.arange(grid[1] // merge_size), torch.arange(grid[2] // merge_size)
+    sizes = grid[0], grid[1] // merge_size, grid[2] // merge_size
+    t, y, x = (torch.arange(size, device='cpu') for size in sizes)
     return start + torch.stack(torch.meshgrid((t * step).floor().long(), y, x, indexing='ij')).flatten(1)
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #1ac150fe
@@ -345,7 +346,8 @@ def mrope_ids(tokens: Int[Tensor, 'b n'],
     grids = {image_token: list(check_grids(image_grids, merge_size)), video_token: list(check_grids(video_grids, merge_size))}
     seconds = [1.] * len(grids[video_token]) if seconds is None else [float(s) for s in seconds]
     if len(seconds) != len(grids[video_token]): raise ValueError(f'seconds must have one number for each of the {len(grids[video_token])} clips, got {len(seconds)}')
-    ids, after, used = torch.ones(3, *tokens.shape, dtype=torch.long), [], {image_token: 0, video_token: 0}
+    ids = torch.ones(3, *tokens.shape, dtype=torch.long, device='cpu')
+    after, used = [], {image_token: 0, video_token: 0}
     rows = tokens.cpu()
     for b, row in enumerate(rows):
         real = torch.ones_like(row, dtype=torch.bool) if mask is None else mask[b].cpu()
@@ -360,13 +362,13 @@ def mrope_ids(tokens: Int[Tensor, 'b n'],
             n = grid[0] * grid[1] * grid[2] // merge_size ** 2
             here = row[places[i]:places[i] + n]
             if len(here) != n or (here != kind).any(): raise ValueError(f'tokens must hold {n} placeholders {kind} in a row for grid {grid}, got {(here == kind).sum().item()}')
-            pieces.append((start + torch.arange(places[i] - at)).expand(3, -1))
+            pieces.append((start + torch.arange(places[i] - at, device='cpu')).expand(3, -1))
             start += places[i] - at
             second = seconds[number] if kind == video_token else 0.
             pieces.append(vision_ids(grid, start, (int(second) if whole_seconds else second) * tokens_per_second, merge_size))
             start = int((pieces[-1][1:] if skip_time else pieces[-1]).max()) + 1
             at, i = places[i] + n, i + n
-        pieces.append((start + torch.arange(len(row) - at)).expand(3, -1))
+        pieces.append((start + torch.arange(len(row) - at, device='cpu')).expand(3, -1))
         ids[:, b, real] = torch.cat(pieces, 1)
         after.append(start + len(row) - at)
     left = {kind: len(g) - used[kind] for kind, g in grids.items() if len(g) != used[kind]}
@@ -393,7 +395,7 @@ def rope_speeds(dim: int,
                 reach: int = 0,                           # one more than the largest id, for those that change with the length of a text
                ) -> tuple[Float[Tensor, 'k'], float]:
     "Speeds of the pairs and a factor for cos and sin, scaled for long texts: 'linear', 'dynamic', 'yarn' (arXiv:2309.00071), 'longrope' (arXiv:2402.13753), 'llama3'. ValueError for another type, or if a number is missing."
-    scaling, base = scaling or {}, frequencies(dim, theta, torch.float)
+    scaling, base = scaling or {}, frequencies(dim, theta, torch.float, 'cpu')
     kind = scaling.get('rope_type', scaling.get('type', 'default'))
     if kind not in _SCALINGS: raise ValueError(f"the type of scaling must be one of {', '.join(_SCALINGS)}, got {kind!r}")
     missing = [k for k in _SCALINGS[kind] if scaling.get(k) is None]
@@ -403,19 +405,20 @@ def rope_speeds(dim: int,
     if kind == 'linear': return base / factor, 1.
     if kind == 'dynamic':
         longer = factor * max(reach, length) / length - factor + 1
-        return frequencies(dim, ntk_base(longer, dim, theta), torch.float), 1.
+        return frequencies(dim, ntk_base(longer, dim, theta), torch.float, 'cpu'), 1.
     if kind == 'longrope':
         each = scaling['long_factor' if reach > length else 'short_factor']
         if len(each) != dim // 2: raise ValueError(f'short_factor and long_factor must have a number for each of the {dim // 2} pairs, got {len(each)}')
         grown = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.
-        return base / torch.tensor(each, dtype=torch.float), float(grown if given is None else given)
+        each = torch.tensor(each, dtype=torch.float, device='cpu')
+        return base / each, float(grown if given is None else given)
     if kind == 'llama3':
         waves, low, high = 2 * math.pi / base, length / scaling['low_freq_factor'], length / scaling['high_freq_factor']
         smooth = (length / waves - scaling['low_freq_factor']) / (scaling['high_freq_factor'] - scaling['low_freq_factor'])
         between = (1 - smooth) * base / factor + smooth * base
         return torch.where(waves > low, base / factor, torch.where(waves < high, base, between)), 1.
     kept = hands_kept(dim, length, scaling.get('beta_fast') or 32, scaling.get('beta_slow') or 1, theta,
-                      whole=scaling.get('truncate', True))
+                      whole=scaling.get('truncate', True), device='cpu')
     speeds = mixed(base / factor, base, kept)
     if given is not None: return speeds, float(given)
     m, all_dim = scaling.get('mscale'), scaling.get('mscale_all_dim')
@@ -603,7 +606,9 @@ class Qwen25VL(OfficialQwen, nn.Module):
     def words(self, tokens: Int[Tensor, 'b n']) -> Float[Tensor, 'b n c']:
         "The rows of the matrix of words. ValueError for a token that has none."
         try: return self.language.embed(tokens)
-        except IndexError: raise ValueError(f'tokens must lie in 0 … vocab_size - 1 = {self.language.embed.num_embeddings - 1}, got {int(tokens.min())} … {int(tokens.max())}') from None
+        except IndexError:
+            raise ValueError(f'tokens must lie in 0 … vocab_size - 1 = {self.language.embed.num_embeddings - 1}, '
+                             f'got {int(tokens.min())} … {int(tokens.max())}') from None
 
     def embed(self,
               tokens: Int[Tensor, 'b n'],
@@ -758,9 +763,11 @@ def _question() -> tuple[Int[Tensor, 'b n'], Float[Tensor, 'p f'], list]:
 _reads = 'the ids of a token follow from the values of those before it, so that the graph is not known beforehand; the vision tower and the decoder compile'
 _rows = 'the patches of all pictures lie in one table, without an axis of samples'
 _whole = dict(**_qwen, example=_small, inputs=_question, compiles=_reads,
-              reasons={'torch.func': _rows, 'meta': 'counts the placeholders among the tokens, whose values meta tensors lack'})
+              reasons={'torch.func': _rows,
+                       'meta': 'counts the placeholders among the tokens, whose values meta tensors lack'})
 _tower = dict(**_qwen, example=_small_tower | dict(out_dim=24), inputs=_patches,
-              reasons={'torch.func': _rows, 'meta': 'makes its tables of places and windows on the CPU, where they are kept'})
+              reasons={'torch.func': _rows,
+                       'meta': 'makes its tables of places and windows on the CPU, where they are kept'})
 
 @register_model(**_whole)
 def qwen25_vl_3b(vocab_size: int = 151936, embed_dim: int = 2048, depth: int = 36, num_heads: int = 16, num_kv_heads: int = 2, mlp_hidden: int = 11008, tie_embeddings: bool = True, **arguments) -> Qwen25VL:

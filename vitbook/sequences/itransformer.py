@@ -408,8 +408,9 @@ def _lookback() -> tuple[Float[Tensor, 'b t n'], Float[Tensor, 'b t c']]:
 
 _facts = dict(paper='2310.06625', part='sequences', chapter='itransformer', example=_example, input_shape=(),
               inputs=_lookback)
-_random = _facts | dict(compiles='draws its sample or its hashes with a torch.Generator, which a graph cannot hold',
-                        reasons={'meta in training': 'draws on the CPU, so that every device draws the same'})
+_random = _facts | dict(
+    compiles='draws its sample or its hashes with a torch.Generator, which a graph cannot hold',
+    reasons={'meta in training': 'draws on the CPU, so that every device draws the same'})
 
 def _published(arguments: dict[str, Any], **published: Any) -> ITransformer: return ITransformer(**{'mlp_ratio': 1.} | published | arguments)
 

@@ -466,4 +466,5 @@ def test_bad_input(unchecked):
 def test_one_value_a_channel_is_named_before_batchnorm_does(unchecked):
     model = create_model('cvt_13', num_classes=10, depths=(1, 1, 1)).train()
     with pytest.raises(ValueError, match='BatchNorm.*batch of 1.*1x1'): model(torch.rand(1, 3, 32, 32))
-    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10) and model.eval()(torch.rand(1, 3, 32, 32)).shape == (1, 10)
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    assert model.eval()(torch.rand(1, 3, 32, 32)).shape == (1, 10)

@@ -624,8 +624,9 @@ def test_radius_leaves_the_overlap(length, width, overlap):
 
 
 def test_boxes_that_count_for_nothing_and_labels_that_are_none(unchecked):
-    "Padding, boxes without a side and boxes far outside leave the targets as they are; what cannot be meant is named."
-    target = lambda boxes, labels: D.center_targets(boxes, labels, 3, (24, 24), (1., 1., 6.), (-12., -12., -2.))
+    "Padding, flat boxes and boxes far outside leave the targets as they are; what cannot be meant is named."
+    target = lambda boxes, labels: D.center_targets(boxes, labels, 3, (24, 24), (1., 1., 6.),
+                                                    (-12., -12., -2.))
     good, label = torch.tensor([[1.2, 1.6, 0, 2, 1, 1, .3]]), torch.tensor([1])
     want = target(good, label)
     assert want.heat[1, 13, 13] == 1 and want.at.tolist() == [13 * 24 + 13] and not want.heat[[0, 2]].any()
@@ -637,8 +638,10 @@ def test_boxes_that_count_for_nothing_and_labels_that_are_none(unchecked):
             for a, b in zip(got, want, strict=True): assert_close(a, b)
         assert not target(nothing, label).heat.any()
     for bad in (math.nan, math.inf):
-        with pytest.raises(ValueError, match='boxes must be finite'): target(torch.cat([good, good * bad]), torch.tensor([1, 1]))
-    for labels in (torch.tensor([True]), torch.tensor([1.]), torch.tensor([1, 1]), torch.tensor([3]), torch.tensor([-1])):
+        with pytest.raises(ValueError, match='boxes must be finite'):
+            target(torch.cat([good, good * bad]), torch.tensor([1, 1]))
+    for labels in (torch.tensor([True]), torch.tensor([1.]), torch.tensor([1, 1]), torch.tensor([3]),
+                   torch.tensor([-1])):
         with pytest.raises(ValueError, match='labels must be'): target(good, labels)
 
 
@@ -654,5 +657,6 @@ def test_the_mlp_of_a_set_layer_is_called():
     with torch.no_grad():
         layer.mlp.fc2.weight.fill_(1.), layer.mlp.fc2.bias.zero_()
         first, second = layer.mlp(x), layer.mlp(x)
-    assert_close(first, first[:, :1].expand(-1, 8))                  # a dropped output would be 0 beside others that are not
+    # a dropped output would be 0 beside others that are not
+    assert_close(first, first[:, :1].expand(-1, 8))
     assert first.all() and not torch.equal(first, second)

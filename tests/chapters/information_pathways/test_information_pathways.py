@@ -592,21 +592,26 @@ def test_a_model_without_attention_is_refused():
     assert context.seen
 
 
-ALL_KEYS = dict(unbiased=lambda *a, **k: P.subsampled_attention(*a, keys=4, **k), local=lambda *a, **k: P.locally_biased_attention(*a, window=4, **k),
+ALL_KEYS = dict(unbiased=lambda *a, **k: P.subsampled_attention(*a, keys=4, **k),
+                local=lambda *a, **k: P.locally_biased_attention(*a, window=4, **k),
                 bernoulli=lambda *a, **k: P.source_dropout_attention(*a, 0., **k))
 
 
 @pytest.mark.parametrize('attend', ALL_KEYS.values(), ids=ALL_KEYS)
 def test_masks_without_their_axes_are_refused(attend):
-    "Batch x keys and queries x keys, batch and heads; with all keys drawn and the axes written it is plain attention."
+    "Batch x keys and queries x keys, batch and heads; with the axes written and all keys it is attention."
     q, k, v = (torch.randn(4, 4, 4, 8) for _ in range(3))
     pad = torch.arange(4) < torch.tensor([4, 2, 3, 1])[:, None]
-    for name, words, wrong in (('mask', 'rows', pad), ('bias', 'rows', torch.rand(4, 4)), ('mask', 'parts', pad[:, None])):
-        with pytest.raises(ValueError, match=f'{name} must say whether its 4 {words}'): attend(q, k, v, **{name: wrong})
-    assert_close(attend(q, k, v, mask=pad[:, None, None]), attention(q, k, v, mask=pad[:, None, None]), atol=1e-6, rtol=1e-5)
+    for name, words, wrong in (('mask', 'rows', pad), ('bias', 'rows', torch.rand(4, 4)),
+                               ('mask', 'parts', pad[:, None])):
+        with pytest.raises(ValueError, match=f'{name} must say whether its 4 {words}'):
+            attend(q, k, v, **{name: wrong})
+    assert_close(attend(q, k, v, mask=pad[:, None, None]), attention(q, k, v, mask=pad[:, None, None]),
+                 atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize('form', [dict(keys=3), dict(form='bernoulli', fraction=.7), dict(form='local', keys=2)])
+@pytest.mark.parametrize('form',
+                         [dict(keys=3), dict(form='bernoulli', fraction=.7), dict(form='local', keys=2)])
 def test_torchs_masks_of_two_axes_are_queries_and_keys(form):
     "As torch has it, also where batch and queries are as many."
     class Attends(nn.Module):

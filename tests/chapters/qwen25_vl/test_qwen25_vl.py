@@ -692,22 +692,29 @@ WORDS = dict(image_token=91, video_token=92)
 @pytest.mark.parametrize('dtype', [torch.int64, torch.uint8, torch.float32])
 def test_a_mask_of_numbers_is_the_mask_of_truths(dtype):
     "Places are counted from the first real word, by hand and around a picture of 2 x 3 places."
-    ids, after = mrope_ids(torch.tensor([[0, 0, 1, 2, 3]]), mask=torch.tensor([[0, 0, 1, 1, 1]]).to(dtype), **WORDS)
+    ids, after = mrope_ids(torch.tensor([[0, 0, 1, 2, 3]]), mask=torch.tensor([[0, 0, 1, 1, 1]]).to(dtype),
+                           **WORDS)
     assert ids[:, 0, 2:].tolist() == [[0, 1, 2]] * 3 and after.tolist() == [3]
     tokens, mask = torch.tensor([[0, 0, 1, 90, *[91] * 6, 93, 3]]), torch.tensor([[0, 0] + [1] * 10])
     ids, after = mrope_ids(tokens, [(1, 4, 6)], mask=mask.to(dtype), **WORDS)
-    assert ids[:, 0, 2:].tolist() == [[0, 1, *[2] * 6, 5, 6], [0, 1, 2, 2, 2, 3, 3, 3, 5, 6], [0, 1, 2, 3, 4, 2, 3, 4, 5, 6]] and after.tolist() == [7]
+    assert ids[:, 0, 2:].tolist() == [[0, 1, *[2] * 6, 5, 6], [0, 1, 2, 2, 2, 3, 3, 3, 5, 6],
+                                      [0, 1, 2, 3, 4, 2, 3, 4, 5, 6]] and after.tolist() == [7]
     with pytest.raises(ValueError, match='mask'): mrope_ids(tokens, [(1, 4, 6)], mask=mask * 2, **WORDS)
 
 
 def test_the_ends_of_generating(unchecked):
     model, tokens = noisy(Qwen25VL(**WHOLE)), torch.tensor([[1, 2, 3]])
-    assert model.generate(tokens, max_new_tokens=0).shape == (1, 0) and model.generate(tokens, max_new_tokens=1).shape == (1, 1)
-    for words, wrong in (('max_new_tokens', dict(max_new_tokens=-1)), ('temperature', dict(max_new_tokens=1, temperature=-1.)), ('temperature', dict(max_new_tokens=1, temperature=float('nan')))):
+    for n in (0, 1): assert model.generate(tokens, max_new_tokens=n).shape == (1, n)
+    for words, wrong in (('max_new_tokens', dict(max_new_tokens=-1)),
+                         ('temperature', dict(max_new_tokens=1, temperature=-1.)),
+                         ('temperature', dict(max_new_tokens=1, temperature=float('nan')))):
         with pytest.raises(ValueError, match=words): model.generate(tokens, **wrong)
-    with pytest.raises(ValueError, match='at least one token'): model.generate(tokens[:, :0], max_new_tokens=2)
+    with pytest.raises(ValueError, match='at least one token'):
+        model.generate(tokens[:, :0], max_new_tokens=2)
     for outside in (100, -1):
-        with pytest.raises(ValueError, match=rf'vocab_size - 1 = 99.*{outside}'): model(torch.tensor([[1, outside]]))
-        with pytest.raises(ValueError, match='vocab_size'): model.generate(torch.tensor([[1, outside]]), max_new_tokens=1)
+        with pytest.raises(ValueError, match=rf'vocab_size - 1 = 99.*{outside}'):
+            model(torch.tensor([[1, outside]]))
+        with pytest.raises(ValueError, match='vocab_size'):
+            model.generate(torch.tensor([[1, outside]]), max_new_tokens=1)
     for rate in (0., -1., float('nan')):
         with pytest.raises(ValueError, match='video_fps'): sample_frames(100, rate)
