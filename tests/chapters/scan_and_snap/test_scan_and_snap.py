@@ -267,7 +267,6 @@ def test_reading_goes_on_and_starts_again():
 
 def test_lift_in_a_hugging_face_model():
     transformers = pytest.importorskip('transformers')
-    see = pytest.importorskip('vitbook.see')
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)).eval()
     ids = torch.randint(0, 50, (4, 16), generator=rng(0))
