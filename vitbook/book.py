@@ -522,7 +522,8 @@ def _cpu_seconds(pid):
 
     What they waited for others does not count."""
     try:
-        return sum(map(int, Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[11:15])) / os.sysconf('SC_CLK_TCK')
+        return sum(map(int, Path(f'/proc/{pid}/stat').read_text().rsplit(')',
+            1)[1].split()[11:15])) / os.sysconf('SC_CLK_TCK')
     except (OSError, ValueError): return None
 
 def _peak_mb(pid):
