@@ -18,7 +18,7 @@ from vitbook.diagram import Diagram
 from vitbook.dynamics import sigma_reparam as S
 from vitbook.layers.attention import entropy
 from vitbook.registry import create_model
-from vitbook.see import recording
+from vitbook.probe import recording
 from vitbook.vit import VisionTransformer
 
 SMALL = dict(img_size=16, patch_size=4, in_chans=1, num_classes=5, embed_dim=24, depth=2, num_heads=3)
