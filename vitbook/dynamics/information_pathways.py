@@ -197,7 +197,7 @@ def source_dropout_attention(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g 
                              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None, causal: bool = False,
                              scale: float | None = None, dropout_p: float = 0., per_sample: bool = True, always: int = 0, generator: Generators = None,
                             ) -> Float[Tensor, 'b h n e']:
-    "Attention over a random number of keys: it regularises like SSA, but as the sizes vary it is a mask and saves nothing."
+    "Attention over a random number of keys: as the sizes vary it is a mask and saves nothing."
     n, m = q.shape[2], k.shape[2]
     check_pairs((*q.shape[:3], m), bias=bias, mask=mask)
     keep = source_keep(m, p, len(q), pairs=(q.shape[1], n) if pairs else None, per_sample=per_sample, always=always, generator=generator, device=q.device)
