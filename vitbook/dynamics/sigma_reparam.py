@@ -25,12 +25,12 @@ from ..kernels.entropy_attention import as_written, widened
 from ..layers.norm import RMSNorm
 from ..measure import eval_mode
 from ..registry import register_model
-from ..see import recording
+from ..probe import recording
 from ..vit import VisionTransformer
 
 # %% ../../nbs/01_dynamics/01_sigma_reparam.ipynb #a19df3ef
 @torch.no_grad()
-def attention_entropy(model: nn.Module,                   # any model `see.recording` can watch
+def attention_entropy(model: nn.Module,                   # any model `probe.recording` can watch
                       *inputs: Any,
                      ) -> Float[Tensor, 'layer head']:    # nats, mean over queries and examples
     """Attention entropy of every head, from one evaluation pass that leaves no trace in the model.
