@@ -8,7 +8,8 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 from torch.testing import assert_close
 
-from vitbook.layers.attention import (BACKENDS, Attention, allowed_pairs, attention, attention_scores, backends, blockwise_attention, choose, entropy, explain,
+from vitbook.kernels.entropy_attention import blockwise_attention
+from vitbook.layers.attention import (BACKENDS, Attention, allowed_pairs, attention, attention_scores, backends, choose, entropy, explain,
                                       masked_softmax, naive_attention, refusal)
 from vitbook.layers.norm import RMSNorm
 from vitbook.layers.position import apply_rope, rope_1d
@@ -360,3 +361,38 @@ def test_options_of_the_module():
 ])
 def test_bad_input(what, call, unchecked):
     with pytest.raises(ValueError, match=rf'\b{what}\b'): call()
+
+
+@pytest.mark.parametrize('backend', ['auto', 'naive', 'sdpa', 'blockwise'])
+def test_a_row_of_the_smallest_number_is_one_thing_everywhere(backend):
+    "Added to all scores of a row the smallest float drowns them: the mean of all values; -inf shuts the row."
+    q, k, v = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    for low, want in ((torch.finfo(torch.float32).min, v.mean(2, keepdim=True).expand(-1, -1, 2, -1)),
+                      (-math.inf, torch.zeros(1, 2, 2, 8))):
+        bias = torch.zeros(1, 1, 6, 6).index_fill(2, torch.tensor([4, 5]), low)
+        outs = [attention(q, k, v, bias=bias, backend=backend)[:, :, 4:],
+                naive_attention(q, k, v, bias=bias)[0][:, :, 4:]]
+        if backend != 'sdpa':
+            outs.append(attention(q, k, v, bias=bias, backend=backend, return_entropy=True).out[:, :, 4:])
+        for out in outs: assert_close(out, want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_mask_of_two_axes_says_one_thing():
+    "Batch x keys and queries x keys: refused where both fit, or only the first, with the way to write it."
+    q, k, v = (torch.randn(6, 2, 6, 8) for _ in range(3))
+    pad = torch.arange(6) < torch.tensor([6, 6, 3, 6, 2, 6])[:, None]
+    with pytest.raises(ValueError, match='mask must say whether its 6 rows'): attention(q, k, v, mask=pad)
+    with pytest.raises(ValueError, match=r'mask\[:, None, None\]'): attention(q[:, :, :4], k, v, mask=pad)
+    out = attention(q, k, v, mask=pad[:, None, None])
+    for i, n in enumerate(pad.sum(1).tolist()):
+        assert_close(out[i:i + 1], attention(q[i:i + 1], k[i:i + 1, :, :n], v[i:i + 1, :, :n]), atol=1e-6,
+                     rtol=1e-5)
+    assert_close(attention(q[:4, :, :5], k[:4], v[:4], mask=pad[:5]),
+                 attention(q[:4, :, :5], k[:4], v[:4], mask=pad[None, None, :5]))
+
+
+@pytest.mark.parametrize('p', [-.1, 1.5, math.nan])
+def test_dropout_outside_0_to_1_is_refused(p):
+    x = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match='dropout_p'): attention(x, x, x, dropout_p=p)
+    with pytest.raises(ValueError, match='attn_drop'): Attention(8, 2, attn_drop=p)

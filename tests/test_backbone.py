@@ -8,7 +8,8 @@ from torch import nn
 
 import vitbook.backbone
 from sheets import sheets
-from vitbook.backbone import FeatureMaps, Level, load_checkpoint, read_weights
+from vitbook.backbone import FeatureMaps, Level
+from vitbook.weights import load_checkpoint, read_weights
 from vitbook.backbones.crossformer import CrossFormer
 from vitbook.backbones.cvt import CvT
 from vitbook.backbones.tnt import TNT

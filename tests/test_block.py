@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from vitbook.layers.block import Block, DropPath, GatedMlp, LayerScale, Mlp, drop_path, drop_path_rates, is_plain
+from vitbook.layers.block import (
+    ACTIVATIONS, Block, DropPath, GatedMlp, LayerScale, Mlp, QuickGELU, act_named, drop_path, drop_path_rates, is_plain)
 from vitbook.layers.norm import RMSNorm
 from vitbook.layers.position import rope_2d
 
@@ -194,3 +195,28 @@ def test_what_is_a_plain_layer():
 ])
 def test_bad_input(what, call, unchecked):
     with pytest.raises(ValueError, match=rf'\b{what}\b'): call()
+
+
+def test_quick_gelu_is_the_equation():
+    z = seeded(3, 7).mul_(4).requires_grad_()
+    want = z * torch.sigmoid(1.702 * z)
+    assert_close(QuickGELU()(z), want)
+    assert_close(torch.autograd.grad(QuickGELU()(z).sum(), z), torch.autograd.grad(want.sum(), z))
+    assert torch.autograd.gradcheck(QuickGELU(), z) and torch.equal(z.detach(), seeded(3, 7).mul_(4))
+
+
+@pytest.mark.parametrize('name, want', [
+    ('gelu', F.gelu), ('gelu_fast', lambda z: F.gelu(z, approximate='tanh')),
+    ('gelu_new', lambda z: F.gelu(z, approximate='tanh')), ('silu', F.silu),
+    ('swish', F.silu), ('quick_gelu', lambda z: z * torch.sigmoid(1.702 * z)), ('relu6', F.relu6),
+    ('tanh', torch.tanh), ('linear', lambda z: z)])
+def test_activations_by_name(name, want):
+    z = seeded(4, 5)
+    assert_close(act_named(name)()(z), want(z))
+    assert type(Mlp(5, 7, act_layer=act_named(name)).act) is type(act_named(name)())
+
+
+def test_an_unknown_activation_is_named():
+    assert all(isinstance(act_named(name)(), nn.Module) for name in ACTIVATIONS)
+    with pytest.raises(ValueError, match="act must be one of gelu, .*got 'glu'"): act_named('glu')
+    with pytest.raises(ValueError, match="hidden_act must be.*'glu'"): act_named('glu', 'hidden_act')

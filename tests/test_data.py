@@ -1,5 +1,5 @@
 "vitbook.data: what the generators promise, and everything that can go wrong between a server and a file."
-import contextlib, errno, hashlib, http.server, importlib.util, inspect, json, os, re, shutil, socket, subprocess, sys, threading
+import contextlib, errno, hashlib, http.server, importlib.util, inspect, json, math, os, re, shutil, socket, subprocess, sys, threading
 from pathlib import Path
 
 import numpy as np
@@ -596,3 +596,32 @@ def test_the_list_says_what_needs_a_package(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *more: None if name in ('sklearn', 'skimage') else find(name, *more))
     assert [state()[name] for name in ('digits', 'moving_digits', 'pictures', 'shapes')] == ['needs scikit-learn', 'needs scikit-learn', 'needs scikit-image', 'shipped']
+
+
+# --- a street and a laser ---
+
+def test_streets_are_geometry():
+    s = data.lidar_scene(3)
+    assert torch.equal(s.points, data.lidar_scene(3).points)
+    assert not torch.equal(s.points[:100], data.lidar_scene(4).points[:100])
+    assert len(s.boxes) == len(s.labels) and s.points[:, :2].abs().max() < 40
+    assert s.points[:, 3:].min() >= 0 and s.points[:, 3:].max() <= 1
+    ground = s.points[s.hit == -1]
+    assert ground[:, 2].abs().max() < .1
+    cos, sin = s.boxes[:, 6].cos(), s.boxes[:, 6].sin()
+    for i, box in enumerate(s.boxes):  # points on a box lie on its surface
+        away = s.points[s.hit == i, :3] - box[:3]
+        local = torch.stack([cos[i] * away[:, 0] + sin[i] * away[:, 1],
+                             cos[i] * away[:, 1] - sin[i] * away[:, 0],
+                             away[:, 2]], 1).abs() - box[3:6] / 2
+        if len(away): assert local.amax(1).abs().max() < .12
+    assert (s.hit >= 0).sum() > 100 and (s.hit == -2).any() and set(s.labels.tolist()) == {0, 1, 2}
+
+
+def test_one_ray():
+    box = torch.tensor([[10., 0., 1., 4., 2., 2., 0.], [20., 0., 1., 4., 2., 2., 0.],
+                        [0., 10., 1., 4., 2., 2., math.pi / 2]])
+    ways = torch.tensor([[1., 0., 0.], [0., 1., 0.], [-1., 0., 0.], [0., 0., 1.]])
+    far, which = data.cast_rays(torch.tensor([0., 0., 1.]), ways, box)
+    assert_close(far, torch.tensor([8., 8., math.inf, math.inf]))
+    assert which.tolist() == [0, 2, 3, 3]     # the nearer box hides the other

@@ -174,10 +174,10 @@ def test_entropy_alone():
         g = torch.randn_like(want)
         wanted = torch.autograd.grad((want * g).sum(), (q, k))
         for way in ('auto', 'naive', 'blockwise', 'triton'):
-            H = E.attention_entropy(q, k, **rest, backend=way)
+            H = E.query_entropy(q, k, **rest, backend=way)
             assert_close(H, want, rtol=1e-5, atol=1e-5)
             for a, b in zip(torch.autograd.grad((H * g).sum(), (q, k)), wanted): assert_close(a, b, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match='mean of a bias'): E.attention_entropy(q, k, bias=torch.zeros(()), backend='twice')
+    with pytest.raises(ValueError, match='mean of a bias'): E.query_entropy(q, k, bias=torch.zeros(()), backend='twice')
 
 
 def test_under_autocast():
@@ -262,7 +262,7 @@ def test_every_way_in_goes_by_the_same_choice(monkeypatch):
     asked, choice = [], E._backend
     monkeypatch.setattr(E, '_backend', lambda *a, **kw: asked.append(a[0]) or choice(*a, **kw))
     E.entropy_attention(q, k, v)
-    E.attention_entropy(q, k)
+    E.query_entropy(q, k)
     attention(q, k, v, return_entropy=True)
     assert asked == ['auto'] * 3
 
@@ -325,10 +325,10 @@ def test_autocast_lowers_what_comes_in(backend):
     if backend != 'auto' and E.refusal(backend): pytest.skip(E.refusal(backend))
     q, k, v, _, M = inputs(n=9, m=13, g=1, mask=(1, 1, 9, 13))
     low = [x.detach().bfloat16() for x in (q, k, v)]
-    want, alone = E.entropy_attention(*low, mask=M, backend=backend), E.attention_entropy(*low[:2], mask=M, backend=backend)
+    want, alone = E.entropy_attention(*low, mask=M, backend=backend), E.query_entropy(*low[:2], mask=M, backend=backend)
     with torch.autocast('cpu', torch.bfloat16):
         got = E.entropy_attention(q, k, low[2], mask=M, backend=backend)
-        assert_close(E.attention_entropy(q, low[1], mask=M, backend=backend), alone)
+        assert_close(E.query_entropy(q, low[1], mask=M, backend=backend), alone)
         assert E.explain(q, k, low[2], mask=M) == E.explain(*low, mask=M)
     assert got.out.dtype == torch.bfloat16
     for x, y in zip(got, want): assert_close(x.to(y.dtype), y, **(dict(rtol=2e-2, atol=1e-2) if backend == 'naive' else dict(rtol=0, atol=0)))      # the equation's own steps are autocast's
@@ -388,3 +388,24 @@ def test_on_a_gpu(dtype, tolerance, n, d):
         given = inputs(h=4, g=2, n=n, m=n, d=d, e=d, bias=None if bias is None else (4, n, n), mask=mask, dtype=dtype, device='cuda')
         assert E.choose('cuda', dtype, bias=bias is not None, width=d)[0] == 'triton'
         agree(outcome(E.entropy_attention, *given, causal=causal), reference(*given, causal=causal), tolerance)
+
+
+@pytest.mark.parametrize('size', [1, 2, 5, 9])
+def test_the_softmax_of_blocks_is_the_softmax(size):
+    "Also with scores too large for an exponential, and queries that see nothing, at first or at all."
+    g = torch.Generator().manual_seed(size)
+    s = 400 * torch.randn(3, 6, 9, generator=g, dtype=torch.double)
+    v = torch.randn(3, 9, 4, generator=g, dtype=torch.double)
+    s[:, 1], s[:, 2, :5] = -math.inf, -math.inf
+    top = s.new_full(s.shape[:-1], torch.finfo(s.dtype).min)
+    total, out = torch.zeros_like(top), s.new_zeros(3, 6, 4)
+    for at in range(0, 9, size):
+        e, top, total, fell, shrink = E.softmax_step(s[..., at:at + size].clone(), top, total)
+        assert torch.equal(shrink, fell.exp()) and (fell <= 0).all() and (e <= 1).all()
+        out = shrink[..., None] * out + e @ v[:, at:at + size]
+    mean, lse, some, safe = E.softmax_end(top, total, out)
+    sees = [0, 2, 3, 4, 5]
+    torch.testing.assert_close(mean[:, sees], (s.softmax(-1) @ v)[:, sees])
+    torch.testing.assert_close(lse[:, sees], s.logsumexp(-1)[:, sees])
+    assert some[:, sees].all() and not some[:, 1].any()
+    assert (mean[:, 1] == 0).all() and (lse[:, 1] == -math.inf).all() and (safe[:, 1] == 1).all()

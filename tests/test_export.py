@@ -6,7 +6,8 @@ import pytest
 
 from tools import CHAPTERS, NEEDED, ROOT, copy_of_repo, dotted, exported, imports, modules, notebooks, run
 
-MIDDLE = {'bench', 'book', 'diagram', 'lab', 'lock', 'weights', 'vit', 'registry', 'backbone', 'train', 'see', 'measure', 'data', 'flow'}
+MIDDLE = {'bench', 'book', 'diagram', 'lab', 'lock', 'weights', 'vit', 'registry', 'backbone', 'train', 'probe', 'see',
+          'measure', 'judge', 'data', 'flow', 'names'}
 TOP = {'cli'}
 
 
@@ -107,14 +108,102 @@ def test_the_floors_are_watched():
     assert not list(wrong_imports('vitbook.tokens.ats', 'from ..layers.attention import attention\nfrom .. import see', 'vitbook.tokens'))
 
 
+def round_trips(graph):
+    "Modules from which imports lead back to themselves, each with the way."
+    def ways(name, way):
+        for target in graph[name]:
+            if target == way[0]: yield [*way, target]
+            elif target not in way: yield from ways(target, [*way, target])
+    return {name: way for name in graph if (way := next(ways(name, [name]), None))}
+
+
+def graph_of(sources):
+    """Module -> modules it imports, also inside functions.
+
+    What only type checkers read does not count."""
+    graph = {}
+    for name, (source, package) in sources.items():
+        tree = ast.parse(source)
+        for node in ast.walk(tree):
+            said = isinstance(node, ast.If) and ast.unparse(node.test) == 'TYPE_CHECKING'
+            if said: node.body = [ast.Pass()]
+        found = {target for target, *_ in imports(ast.parse(ast.unparse(tree)), package)}
+        homes = {next((m for m in (t, t.rpartition('.')[0]) if m in sources), None) for t in found}
+        graph[name] = homes - {None, name, 'vitbook'}
+    return graph
+
+
+def test_no_import_comes_back():
+    "Whoever is imported never imports back, not even inside a function, where Python would not mind."
+    def package(path):
+        return dotted(path) if path.name == '__init__.py' else dotted(path).rpartition('.')[0]
+    sources = {dotted(path): (path.read_text(encoding='utf-8'), package(path))
+               for path in modules()}
+    ways = round_trips(graph_of(sources))
+    assert not ways, '; '.join(' -> '.join(way) for way in ways.values())
+
+
+def test_a_round_trip_is_seen():
+    a, b = 'vitbook.a', 'vitbook.b'
+    for one, other in (('from . import b', 'from .a import x'),
+                       ('def f(): from vitbook.b import y', 'import vitbook.a')):
+        assert set(round_trips(graph_of({a: (one, 'vitbook'), b: (other, 'vitbook')}))) == {a, b}
+    only_said = 'from typing import TYPE_CHECKING\nif TYPE_CHECKING: from .a import x'
+    assert not round_trips(graph_of({a: ('from . import b', 'vitbook'), b: (only_said, 'vitbook')}))
+
+
+def private_imports(source):
+    "Lines that take another module's private name: `from .x import _y`, or `x._y` of an imported module x."
+    tree, aliases = ast.parse(source), set()
+    ours = lambda node: node.level or (node.module or '').split('.')[0] == 'vitbook'
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and ours(node):
+            named = [a.name for a in node.names]
+            aliases |= {a.asname or a.name for a in node.names}
+            yield from (f'line {node.lineno} imports {name}' for name in named
+                        if re.match('_[^_]', name))
+    for node in ast.walk(tree):
+        private = isinstance(node, ast.Attribute) and re.match('_[^_]', node.attr)
+        if private and isinstance(node.value, ast.Name) and node.value.id in aliases and node.value.id.islower():
+            yield f'line {node.lineno} reads {node.value.id}.{node.attr}'
+
+
+@pytest.mark.parametrize('path', modules(), ids=dotted)
+def test_no_module_takes_a_private_name(path):
+    assert not list(private_imports(path.read_text(encoding='utf-8')))
+
+
+@pytest.mark.parametrize('notebook', [book for book in notebooks() if book.module],
+                         ids=lambda book: book.name)
+def test_no_notebook_takes_a_private_name(notebook):
+    for cell in notebook.code:
+        lines = ['' if line.lstrip().startswith(('%', '!')) else line
+                 for line in cell['source'].split('\n')]
+        assert not list(private_imports('\n'.join(lines)))
+
+
+def test_private_names_are_seen():
+    for source in ('from .x import _y', 'from vitbook.x import y, _z', 'from . import x\nx._y()',
+                   'from ..a import b as c\nc._d'):
+        assert list(private_imports(source)), source
+    for source in ('from .x import y', 'from torch import _C', 'from .x import __version__', 'self._y',
+                   'from vitbook._models import MODELS'):
+        assert not list(private_imports(source)), source
+
+
 @pytest.mark.parametrize('path', [path for path in modules() if path.stem not in TOP], ids=dotted)
 def test_module_level_imports_are_the_few_needed(path):
     name = dotted(path)
     allowed = {*NEEDED, 'vitbook', *sys.stdlib_module_names}
-    for target, line, top, guarded in imports(ast.parse(path.read_text(encoding='utf-8')), name if path.name == '__init__.py' else name.rpartition('.')[0]):
+    for target, line, top, guarded in imports(
+        ast.parse(path.read_text(encoding='utf-8')),
+        name if path.name == '__init__.py' else name.rpartition('.')[0]):
         package = target.split('.')[0]
-        if top and not (package in allowed or (package == 'triton' and guarded and name.startswith('vitbook.kernels'))):
-            raise AssertionError(f'{name}:{line} imports {package} at module level; import it inside the function that needs it')
+        if top and not (
+            package in allowed
+            or (package == 'triton' and guarded and name.startswith('vitbook.kernels'))):
+            raise AssertionError(f'{name}:{line} imports {package} at module level; import it '
+                                 'inside the function that needs it')
 
 
 def test_source_is_python_3_10():
@@ -159,7 +248,7 @@ def test_types_are_told():
         tree = ast.parse((ROOT/'vitbook'/module).read_text(encoding='utf-8'))
         return [ast.unparse(f.returns) for f in tree.body if isinstance(f, ast.FunctionDef) and f.name == name and [ast.unparse(d) for d in f.decorator_list] == ['overload']]
     assert [('Tensor' in r, 'Attended' in r) for r in returns('layers/attention.py', 'attention')] == [(True, False), (False, True), (False, True), (True, True)]
-    assert returns('registry.py', 'create_model') == ["'FeatureMaps'", 'nn.Module', 'nn.Module']
+    assert returns('registry.py', 'create_model') == ['FeatureMaps', 'nn.Module', 'nn.Module']
     tree = ast.parse((ROOT/'vitbook'/'__init__.py').read_text(encoding='utf-8'))
     block, = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == 'TYPE_CHECKING')
     told = {alias.name: node.module for node in block.body for alias in node.names}

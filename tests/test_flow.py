@@ -1,4 +1,4 @@
-"""flow: paths, predictions, losses, samplers, guidance and the judge of digits, where the notebook does not show it."""
+"""flow: paths, predictions, losses, samplers and guidance, where the notebook does not show it."""
 import math
 
 import pytest
@@ -119,8 +119,6 @@ def test_gradients_reach_the_model():
 def test_walks_to_the_data_keep_no_graph():
     w = torch.randn(3, 3, requires_grad=True)
     for out in (F.sample_ode(lambda x, t: x @ w, torch.randn(2, 3), steps=3), F.sample_sde(lambda x, t: x @ w, torch.randn(2, 3), steps=3), F.sample_ode(lambda x, t: x @ w, torch.randn(2, 3), method='dopri5')): assert not out.requires_grad
-    judged = F.judge_digits(torch.rand(4, 1, 8, 8, requires_grad=True), torch.tensor([1, 2, 3, 4]))
-    assert not any(x.requires_grad for x in (judged.values() if isinstance(judged, dict) else judged) if isinstance(x, torch.Tensor))
 
 
 # ---- times
@@ -252,7 +250,7 @@ def test_intervals():
     assert F.interval(form='sigma', last=.04) == (0, .96) and F.interval(form='sbdm', last=.04) == (1e-3, .96) and F.interval(form='sigma', eps=.01) == (0, .99)
 
 
-# ---- exact fields, judge
+# ---- exact fields
 
 def test_exact_data_is_the_posterior_mean():
     "Against a plain count over many pairs."
@@ -272,57 +270,6 @@ def test_exact_fields_end_on_the_data():
         assert torch.cdist(x.flatten(1), pictures.flatten(1)).min(1).values.max() < .5    # digits are 3 to 9 apart
 
 
-def test_judge_is_the_same_every_time_and_leaves_the_random_numbers_alone():
-    torch.manual_seed(5)
-    want = torch.rand(3)
-    torch.manual_seed(5)
-    a = F.digit_judge(seed=3, steps=5)
-    assert torch.equal(torch.rand(3), want)
-    b = F.digit_judge.__wrapped__(seed=3, steps=5)
-    for p, q in zip(a.parameters(), b.parameters()): assert torch.equal(p, q)
-    assert not any(p.requires_grad for p in a.parameters())
-
-
-def test_sizes_before_the_judge():
-    "It sees 8x8: larger pictures are smoothed down; real digits are first made as large as the samples."
-    seen = []
-    class Spy(F.DigitJudge):
-        def features(self, images):
-            seen.append(images)
-            return super().features(images)
-    judge, x = Spy().eval(), torch.rand(3, 1, 16, 16)
-    half = torch.zeros(8, 16)
-    for i in range(8):
-        weights = {j: w for j, w in zip(range(2 * i - 1, 2 * i + 3), (1., 3., 3., 1.)) if 0 <= j < 16}       # a triangle four cells wide, cut at the edge
-        for j, w in weights.items(): half[i, j] = w / sum(weights.values())
-    with torch.no_grad(): assert_close(judge.features(x), judge.features(half @ x @ half.T), atol=1e-5, rtol=1e-4)
-    seen.clear()
-    F.judge_digits(x, torch.tensor([1, 1, 4]), judge)
-    real = data.digits('test', size=16)
-    assert_close(seen[0], torch.cat([real.images[real.labels == k] for k in (1, 4)]))
-    assert seen[-1].shape == (3, 1, 16, 16)
-
-
-def test_frechet_distance_of_gaussians():
-    g = torch.Generator().manual_seed(0)
-    a, b = torch.randn(20_000, 3, generator=g), torch.randn(20_000, 3, generator=g) * torch.tensor([1., 2., .5]) + torch.tensor([1., 0., 0.])
-    assert abs(F.frechet_distance(a, b) - (1 + 1 + .25)) < .08
-    assert_close(F.frechet_distance(a, b), F.frechet_distance(b, a), atol=1e-6, rtol=1e-6)
-    rank = torch.randn(50, 2, generator=g) @ torch.randn(2, 8, generator=g)                            # covariances without an inverse
-    assert F.frechet_distance(rank, rank) < 1e-6 and math.isfinite(F.frechet_distance(rank, rank + 1))
-
-
-def test_verdicts():
-    real = data.digits('test')
-    judge = F.digit_judge(0, 60)
-    v = F.judge_digits(real.images, real.labels, judge)
-    assert v.frechet < 1e-6 < v.floor and v.n == len(real) and v.accuracy > .7
-    wide = torch.nn.functional.interpolate(real.images, (8, 16), mode='bilinear')
-    assert F.judge_digits(wide, real.labels, judge).frechet < .3 * F.judge_digits(wide.flip(-1), real.labels, judge).frechet
-    fives = real[real.labels == 5]
-    assert F.judge_digits(fives.images, fives.labels, judge).frechet < 1e-6        # compared with real fives only
-
-
 @pytest.mark.parametrize('call, words', [
     (lambda: F.get_path('straight'), "path.*'straight'"),
     (lambda: F.convert(torch.ones(2, 3), torch.ones(2, 3), torch.ones(2), 'eps', 'data'), "have.*'eps'"),
@@ -335,8 +282,14 @@ def test_verdicts():
     (lambda: F.sample_sde(lambda x, t: x, torch.ones(2, 3), last='Mean'), 'last'),
     (lambda: F.shift(torch.ones(2), -1.), 'factor'),
     (lambda: F.guide(torch.ones(2, 3), torch.ones(2, 3), 2., 4), 'channels'),
-    (lambda: F.judge_digits(torch.ones(2, 1, 8, 8), torch.ones(3, dtype=torch.long)), 'labels'),
-    (lambda: F.judge_digits(255 * torch.ones(2, 1, 8, 8), torch.ones(2, dtype=torch.long), F.DigitJudge()), 'images.*255'),
 ])
 def test_bad_input_is_named(call, words, unchecked):
     with pytest.raises(ValueError, match=words): call()
+
+
+@pytest.mark.parametrize('words, a, b',
+                         [('as many features', (5, 2), (5, 3)), ('finite', (5, 3), None),
+                          ('two samples', (1, 3), (5, 3))])
+def test_a_frechet_distance_of_unlike_sets_is_refused(words, a, b, unchecked):
+    other = torch.rand(5, 3).masked_fill(torch.eye(5, 3).bool(), math.nan) if b is None else torch.rand(b)
+    with pytest.raises(ValueError, match=words): F.frechet_distance(torch.rand(a), other)

@@ -68,7 +68,8 @@ def test_names_of_the_checkpoints_on_the_hub():
 
 
 def test_weights_of_something_else_are_refused(unchecked):
-    from vitbook.vit import load_weights, vit_from_state_dict
+    from vitbook.vit import vit_from_state_dict
+    from vitbook.weights import load_weights
     state = theirs('ViTForImageClassification').state_dict()
     with pytest.raises(ValueError, match='state_dict'): vit_from_state_dict({'conv1.weight': torch.zeros(3, 3)})
     with pytest.raises(ValueError, match='state_dict'): vit_from_state_dict({k: v for k, v in state.items() if 'layernorm_after' not in k}, num_heads=4)
@@ -83,11 +84,11 @@ def test_weights_of_something_else_are_refused(unchecked):
 @pytest.mark.parametrize('kind', ['ViTForImageClassification', 'DeiTForImageClassificationWithTeacher', 'ViTModel'])
 @torch.no_grad()
 def test_recording_leaves_the_output_and_sees_the_weights(kind):
-    from vitbook import see
+    from vitbook.probe import recording
     model, x = theirs(kind), pixels()
     plain = model(x)[0]
     want = model(x, output_attentions=True).attentions
-    with see.recording(model) as rec: watched = model(x)[0]
+    with recording(model) as rec: watched = model(x)[0]
     assert torch.equal(watched, plain), 'the probe changed the output'
     assert len(rec.weights) == len(want) == 3
     for got, weights in zip(rec.weights, want): assert_close(got, weights, atol=1e-6, rtol=1e-5)
@@ -99,12 +100,12 @@ def test_recording_leaves_the_output_and_sees_the_weights(kind):
 @torch.no_grad()
 def test_recording_with_fused_attention():
     "sdpa keeps no weights: the probe must compute them beside it, and the output must stay what it was."
-    from vitbook import see
+    from vitbook.probe import recording
     model, x = theirs('ViTForImageClassification'), pixels()
     want = model(x, output_attentions=True).attentions
     model.set_attn_implementation('sdpa')
     plain = model(x).logits
-    with see.recording(model) as rec: watched = model(x).logits
+    with recording(model) as rec: watched = model(x).logits
     assert_close(watched, plain, atol=1e-6, rtol=1e-5)
     assert len(rec.weights) == 3
     for got, weights in zip(rec.weights, want): assert_close(got, weights, atol=1e-5, rtol=1e-4)
@@ -113,7 +114,7 @@ def test_recording_with_fused_attention():
 @pytest.mark.parametrize('training', [False, True])
 def test_recording_our_own(training):
     "A vitbook model, watched and not: the same output, the same gradients, weights that sum to one."
-    from vitbook import see
+    from vitbook.probe import recording
     from vitbook.vit import VisionTransformer
     torch.manual_seed(0)
     model, x = VisionTransformer(32, 8, num_classes=5, embed_dim=24, depth=2, num_heads=3, drop_path_rate=.2).train(training), pixels()
@@ -121,7 +122,7 @@ def test_recording_our_own(training):
         torch.manual_seed(1)
         model.zero_grad()
         if watch:
-            with see.recording(model) as rec: out = model(x)
+            with recording(model) as rec: out = model(x)
         else: rec, out = None, model(x)
         out.square().sum().backward()
         return rec, out.detach(), [p.grad.clone() for p in model.parameters()]
@@ -138,15 +139,15 @@ def test_recording_our_own(training):
 
 def test_recording_under_autocast():
     "Weights and entropies in float32, of the very numbers that are multiplied, with or without keeping the weights."
-    from vitbook import see
+    from vitbook.probe import recording
     from vitbook.layers.attention import Attention
     torch.manual_seed(0)
     model, x = Attention(48, 3, qk_norm=True), torch.randn(2, 9, 48)
     with torch.no_grad(): model.q_norm.weight.mul_(4)
     with torch.autocast('cpu', torch.bfloat16):
         plain = model(x)
-        with see.recording(model) as full: watched = model(x)
-        with see.recording(model, weights=False) as short: model(x)
+        with recording(model) as full: watched = model(x)
+        with recording(model, weights=False) as short: model(x)
     assert torch.equal(plain, watched) and full.weights[0].dtype == full.entropy[0].dtype == short.entropy[0].dtype == torch.float32
     assert_close(full.weights[0].sum(-1), torch.ones(2, 3, 9), atol=1e-6, rtol=0)
     assert_close(full.entropy[0], short.entropy[0], atol=1e-5, rtol=1e-5)

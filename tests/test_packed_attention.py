@@ -154,7 +154,7 @@ def test_it_compiles(kind, unchecked):
 
 
 def test_a_probe_sees_it():
-    from vitbook import see
+    from vitbook.probe import recording
     q, k, v, ends = pack([4] * 8 + [2], dtype=torch.float32)
-    with see.recording() as rec: packed_attention(q, k, v, ends)
+    with recording() as rec: packed_attention(q, k, v, ends)
     assert [tuple(w.shape) for w in rec.weights] == [(8, 4, 4, 4), (1, 4, 2, 2)]

@@ -258,3 +258,14 @@ def test_gaps_are_named_when_the_sets_are_made(row, part, bad):
     with pytest.raises(ValueError, match='windows'): S.evaluate(S.last_value(12), S.Windows(values, 24, 12))
     with pytest.raises(ValueError, match='season'): S.last_season(12, 0)
     with pytest.raises(ValueError, match='batch_size'): S.evaluate(S.last_value(12), S.Windows(t.values, 24, 12), 0)
+
+
+@pytest.mark.parametrize('name', ['mse', 'mae', 'rmse', 'mape', 'smape'])
+def test_errors_of_other_shapes_are_refused(name, unchecked):
+    "A forecast without its axis of variates would be spread over all of them."
+    measure, true = getattr(S, name), torch.rand(2, 4, 3)
+    for pred in (true[..., :1], true[0], true.mT):
+        with pytest.raises(ValueError, match='pred must have the shape'): measure(pred, true)
+    with pytest.raises(ValueError, match='pred must have the shape'):
+        S.mase(true[:, :1], true, torch.rand(9, 3))
+    assert measure(true, true) == 0

@@ -1,4 +1,4 @@
-"""layers.voxels: groups, windows and voxels against plain Python, the laser against geometry, and what they answer to bad input."""
+"""layers.voxels: groups, windows and voxels against plain Python, and what they answer to bad input."""
 import math
 from collections import defaultdict
 
@@ -134,28 +134,6 @@ def test_vfe_learns_and_runs_low():
     with torch.autocast('cpu', torch.bfloat16): x, _ = vfe(points)
     assert x.isfinite().all()
     assert vfe.double()(points.double())[0].dtype == torch.float64
-
-
-def test_scenes_are_geometry():
-    s = V.lidar_scene(3)
-    assert torch.equal(s.points, V.lidar_scene(3).points) and not torch.equal(s.points[:100], V.lidar_scene(4).points[:100])
-    assert len(s.boxes) == len(s.labels) and s.points[:, :2].abs().max() < 40 and s.points[:, 3:].min() >= 0 and s.points[:, 3:].max() <= 1
-    ground = s.points[s.hit == -1]
-    assert ground[:, 2].abs().max() < .1
-    cos, sin = s.boxes[:, 6].cos(), s.boxes[:, 6].sin()
-    for i, box in enumerate(s.boxes):                                                      # points on a box lie on its surface
-        away = s.points[s.hit == i, :3] - box[:3]
-        local = torch.stack([cos[i] * away[:, 0] + sin[i] * away[:, 1], cos[i] * away[:, 1] - sin[i] * away[:, 0], away[:, 2]], 1).abs() - box[3:6] / 2
-        if len(away): assert local.amax(1).abs().max() < .12
-    assert (s.hit >= 0).sum() > 100 and (s.hit == -2).any() and set(s.labels.tolist()) == {0, 1, 2}
-
-
-def test_one_ray():
-    box = torch.tensor([[10., 0., 1., 4., 2., 2., 0.], [20., 0., 1., 4., 2., 2., 0.], [0., 10., 1., 4., 2., 2., math.pi / 2]])
-    ways = torch.tensor([[1., 0., 0.], [0., 1., 0.], [-1., 0., 0.], [0., 0., 1.]])
-    far, which = V.cast_rays(torch.tensor([0., 0., 1.]), ways, box)
-    assert_close(far, torch.tensor([8., 8., math.inf, math.inf]))
-    assert which.tolist() == [0, 2, 3, 3]     # the nearer box hides the other
 
 
 @pytest.mark.parametrize('call, message', [

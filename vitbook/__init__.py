@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:   # what `__getattr__` finds, said to editors and type checkers
     from . import backbone as backbone, bench as bench, data as data, dynamics as dynamics, flow as flow, kernels as kernels
-    from . import lab as lab, layers as layers, measure as measure, registry as registry, see as see, train as train, vit as vit
-    from .backbone import load_checkpoint
+    from . import judge as judge, lab as lab, layers as layers, measure as measure, probe as probe, registry as registry, see as see, train as train, vit as vit
     from .registry import create_model, list_models, model_info
+    from .weights import load_checkpoint
 
 __doc__ = "A workbook on vision Transformers that is also a library: each paper built step by step, proven by tests, and exported as code to use."
 _all_ = ['create_model', 'list_models', 'load_checkpoint', 'model_info']

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from .layers.embed import check_batch, pair
-from .weights import ClassOrObject, Official, load_checkpoint, read_weights  # noqa: F401, old names
+from .weights import Official
 
 # %% ../nbs/00_foundations/16_backbones.ipynb #27bca49a
 class Level(NamedTuple):
@@ -24,8 +24,9 @@ class Level(NamedTuple):
 class Backbone(Official, nn.Module):
     """An image model: `forward_features`, then `forward_head`; `feature_maps` gives its maps at `levels`.
 
-    A subclass sets `in_chans`, `levels` and `num_features` and writes those three; with published weights also `official_names`, `official_arguments` (what the weights tell of the constructor's),
-    and `resized` where something depends on the picture's size."""
+    A subclass sets `in_chans`, `levels` and `num_features` and writes those three; with published
+    weights also `official_names`, `official_arguments` (what the weights tell of the
+    constructor's), and `resized` where something depends on the picture's size."""
     levels: tuple[Level, ...]  # of the maps, finest first
     num_features: int          # channels before the head
     in_chans: int
@@ -42,34 +43,47 @@ class Backbone(Official, nn.Module):
         "A map for each of `levels`, finest first."
         raise NotImplementedError(f'{type(self).__name__}.feature_maps')
 
-    def forward(self, x: Float[Tensor, 'b i y x']) -> Float[Tensor, 'b k']: return self.forward_head(self.forward_features(x))
+    def forward(self, x: Float[Tensor, 'b i y x']) -> Float[Tensor, 'b k']:
+        return self.forward_head(self.forward_features(x))
 
     def check_picture(self, x: Tensor, multiple: int = 1):
         "ValueError unless x is a batch with the model's `in_chans` channels and sides that are multiples of `multiple` pixels."
         check_batch(x)
-        if x.shape[1] != self.in_chans: raise ValueError(f'x must have in_chans={self.in_chans} channels, got {x.shape[1]}')
-        if x.shape[2] % multiple or x.shape[3] % multiple: raise ValueError(f'x must have sides that are multiples of {multiple} pixels, got {x.shape[2]}x{x.shape[3]}')
+        if x.shape[1] != self.in_chans:
+            raise ValueError(f'x must have in_chans={self.in_chans} channels, got {x.shape[1]}')
+        if x.shape[2] % multiple or x.shape[3] % multiple:
+            raise ValueError(f'x must have sides that are multiples of {multiple} pixels, got '
+                             f'{x.shape[2]}x{x.shape[3]}')
 
     def reset_classifier(self, num_classes: int):
-        "A new head for `num_classes` classes; 0 takes the head away, and `forward` gives the pooled features."
+        """A new head for `num_classes` classes.
+
+        0 takes the head away, and `forward` gives the pooled features."""
         self.num_classes = num_classes
         like = next(self.parameters())
         self.head = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
 
 # %% ../nbs/00_foundations/16_backbones.ipynb #5723350d
 class FeatureMaps(nn.Module):
-    """A backbone without its head: pictures to a list of maps, whose channels and strides are in `levels`. Checkpoints of the whole model load, their head is left out.
+    """A backbone without its head: pictures to a list of maps, whose channels and strides are in `levels`.
 
-    Parameters that no map depends on (a norm before the head, stages after the last map asked for) are frozen, so that each of the others gets a gradient, as `DistributedDataParallel` wants it.
-    They are found by a pass on the meta device, without memory or numbers; a model that cannot run there keeps all of them trainable."""
+    Checkpoints of the whole model load, their head is left out.
+
+    Parameters that no map depends on (a norm before the head, stages after the last map asked for)
+    are frozen, so that each of the others gets a gradient, as `DistributedDataParallel` wants it.
+    They are found by a pass on the meta device, without memory or numbers; a model that cannot run
+    there keeps all of them trainable."""
     def __init__(self,
                  model: nn.Module,                          # a Backbone, or another with `feature_maps`, `levels`, `in_chans`, `reset_classifier`
                  out_indices: Sequence[int] | None = None): # which of the model's levels, negative ones from the last; None: all
         super().__init__()
-        if not hasattr(model, 'feature_maps'): raise ValueError(f'model must offer feature_maps and levels, {type(model).__name__} does not')
+        if not hasattr(model, 'feature_maps'):
+            raise ValueError(f'model must offer feature_maps and levels, {type(model).__name__} '
+                             'does not')
         known = len(model.levels)
         wanted = range(known) if out_indices is None else out_indices
-        if bad := [i for i in wanted if not -known <= i < known]: raise ValueError(f'out_indices must lie between {-known} and {known - 1}, got {bad}')
+        if bad := [i for i in wanted if not -known <= i < known]:
+            raise ValueError(f'out_indices must lie between {-known} and {known - 1}, got {bad}')
         self.out_indices = [i % known for i in wanted]
         self.levels = tuple(model.levels[i] for i in self.out_indices)
         model.reset_classifier(0)
@@ -78,15 +92,18 @@ class FeatureMaps(nn.Module):
 
     def _unused(self) -> list[nn.Parameter]:
         "The parameters that none of the maps depends on."
-        size = pair(getattr(self.model, 'img_size', None) or 8 * max(l.stride for l in self.model.levels))
+        size = pair(getattr(self.model, 'img_size', None)
+                    or 8 * max(l.stride for l in self.model.levels))
         ghost = lambda t, **how: torch.empty_like(t, device='meta', **how)
         given = {k: ghost(p, requires_grad=True) for k, p in self.named_parameters()}
         dtype = next((p.dtype for p in given.values()), torch.float32)
         try:
             with torch.enable_grad():
                 x = torch.empty(2, self.model.in_chans, *size, device='meta', dtype=dtype)
-                maps = torch.func.functional_call(self, given | {k: ghost(b) for k, b in self.named_buffers()}, (x,))
-                reached = torch.autograd.grad([m.sum() for m in maps], list(given.values()), allow_unused=True)
+                maps = torch.func.functional_call(
+                    self, given | {k: ghost(b) for k, b in self.named_buffers()}, (x,))
+                reached = torch.autograd.grad([m.sum() for m in maps], list(given.values()),
+                                              allow_unused=True)
         except (RuntimeError, TypeError, ValueError): return []      # NotImplementedError, which meta tensors raise, is a RuntimeError
         return [p for (_, p), g in zip(self.named_parameters(), reached) if g is None]
 
@@ -101,17 +118,22 @@ class FeatureMaps(nn.Module):
         return [l.stride for l in self.levels]
 
     def official_names(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        "Entries of the whole model, under its own names or the official ones, as entries of this; without those of its head."
+        """Entries of the whole model, under its own names or the official ones, as entries of this.
+
+        Those of its head are left out."""
         own = self.model.state_dict()
-        headless = lambda entries: {k: v for k, v in entries.items() if k in own or not k.startswith('head')}
+        headless = lambda entries: {k: v for k, v in entries.items()
+                                    if k in own or not k.startswith('head')}
         found = headless(state_dict)
-        if not set(found) <= set(own) and hasattr(self.model, 'official_names'): found = headless(self.model.official_names(state_dict))
+        if not set(found) <= set(own) and hasattr(self.model, 'official_names'):
+            found = headless(self.model.official_names(state_dict))
         return {f'model.{k}': v for k, v in found.items()}
 
     def resized(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "What depends on the picture's size, interpolated by the model."
         inner = {k.removeprefix('model.'): v for k, v in state_dict.items()}
-        return {f'model.{k}': v for k, v in (self.model.resized(inner) if hasattr(self.model, 'resized') else inner).items()}
+        return {f'model.{k}': v for k, v in (self.model.resized(inner)
+                                             if hasattr(self.model, 'resized') else inner).items()}
 
     def forward(self, x: Float[Tensor, 'b i y x']) -> list[Float[Tensor, 'b _ _ _']]:
         maps = self.model.feature_maps(x)

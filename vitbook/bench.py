@@ -9,11 +9,11 @@ __all__ = ['Bench', 'register_bench', 'list_benches', 'numbers', 'both', 'attent
 # %% ../nbs/00_foundations/21_bench.ipynb #9b396101
 import contextlib, json, os, platform, re
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 import torch
-from . import measure, see
+from . import measure
+from .names import installed
 
 # %% ../nbs/00_foundations/21_bench.ipynb #65e45742
 class Bench(NamedTuple):
@@ -38,9 +38,14 @@ def register_bench(path: str,             # what it times, as 'vitbook.kernels.m
     "Decorator: put a function of the device, which returns {way: n -> call}, on the list of `vitbook bench`. ValueError if the name is taken."
     def add(ways: Callable[[str], dict]) -> Callable[[str], dict]:
         name = ways.__name__
-        if name in _entries and _entries[name].ways.__module__ != ways.__module__: raise ValueError(f'a bench named {name!r} is registered by {_entries[name].ways.__module__}')
-        if not ways.__doc__: raise ValueError(f'the bench {name!r} needs a docstring: what it measures, in a sentence')
-        _entries[name] = Bench(name, ways, ' '.join(ways.__doc__.split()), path, tuple(sizes), tuple(gpu_sizes), naive, plain)
+        if name in _entries and _entries[name].ways.__module__ != ways.__module__:
+            raise ValueError(f'a bench named {name!r} is registered by '
+                             f'{_entries[name].ways.__module__}')
+        if not ways.__doc__:
+            raise ValueError(f'the bench {name!r} needs a docstring: what it measures, in a '
+                             'sentence')
+        _entries[name] = Bench(name, ways, ' '.join(ways.__doc__.split()), path, tuple(sizes),
+                               tuple(gpu_sizes), naive, plain)
         return ways
     return add
 
@@ -66,7 +71,8 @@ def both(f: Callable,                     # of the leaves
         with torch.inference_mode(): return f(*(x.detach() for x in leaves))
     def train():
         found = f(*leaves)
-        found = [found] if isinstance(found, torch.Tensor) else [x for x in found if isinstance(x, torch.Tensor) and x.requires_grad]
+        found = [found] if isinstance(found, torch.Tensor) else [
+            x for x in found if isinstance(x, torch.Tensor) and x.requires_grad]
         return torch.autograd.grad([x.sum() for x in found], leaves)
     return dict(forward=forward, train=train)
 
@@ -75,7 +81,8 @@ def attention(device: str) -> dict[str, Callable]:
     "Softmax attention, output only: 4 heads of width 64, one picture of n tokens."
     from vitbook.layers.attention import attention, backends
     names = [r['backend'] for r in backends(device) if r['available'] and r['backend'] not in ('twice', 'triton') and (r['backend'], device) != ('flex', 'cpu')]
-    way = lambda name: lambda n: both(lambda q, k, v: attention(q, k, v, backend=name), _inputs(n, device))
+    way = lambda name: lambda n: both(lambda q, k, v: attention(q, k, v, backend=name),
+                                      _inputs(n, device))
     return {name: way(name) for name in names}
 
 @register_bench('vitbook.kernels.entropy_attention.entropy_attention', sizes=(256, 1024, 2048))
@@ -83,10 +90,17 @@ def entropy_attention(device: str) -> dict[str, Callable]:
     "Attention with the entropy of every query, gradients through both: 4 heads of width 64, one picture of n tokens. The way `sdpa` gives no entropy."
     import torch.nn.functional as F
     from vitbook.kernels import entropy_attention as E
-    can = [name for name in E.BACKENDS if E.refusal(name, device) is None and not (name == 'triton' and device == 'cpu')]      # the interpreter is for tests
-    way = lambda name: lambda n: both(lambda q, k, v: tuple(E.entropy_attention(q, k, v, backend=name)[:2]), _inputs(n, device))
-    probe = lambda n: both(lambda q, k, v: (F.scaled_dot_product_attention(q, k, v), E.attention_entropy(q.detach(), k.detach())), _inputs(n, device))
-    return {'sdpa': lambda n: both(F.scaled_dot_product_attention, _inputs(n, device))} | {name: way(name) for name in can} | {'sdpa and a probe': probe}
+    # the interpreter is for tests
+    can = [name for name in E.BACKENDS
+           if E.refusal(name, device) is None and not (name == 'triton' and device == 'cpu')]
+    way = lambda name: lambda n: both(
+        lambda q, k, v: tuple(E.entropy_attention(q, k, v, backend=name)[:2]), _inputs(n, device))
+    probe = lambda n: both(lambda q, k, v: (
+        F.scaled_dot_product_attention(q, k, v),
+        E.query_entropy(q.detach(), k.detach())), _inputs(n, device))
+    return {'sdpa': lambda n: both(
+        F.scaled_dot_product_attention,
+        _inputs(n, device))} | {name: way(name) for name in can} | {'sdpa and a probe': probe}
 
 def ragged(n: int, seed: int = 0) -> list[int]:
     "Ends of segments of 16 to 192 tokens that fill a pack of n."
@@ -94,18 +108,26 @@ def ragged(n: int, seed: int = 0) -> list[int]:
     while ends[-1] < n: ends.append(min(n, ends[-1] + int(torch.randint(16, 193, (), generator=r))))
     return ends
 
-@register_bench('vitbook.kernels.packed_attention.packed_attention', sizes=(512, 1024, 2048), plain='masked')
+@register_bench('vitbook.kernels.packed_attention.packed_attention', sizes=(512, 1024, 2048),
+                plain='masked')
 def packed_attention(device: str) -> dict[str, Callable]:
-    "Pictures of 16 to 192 tokens, n in all, each attending to itself: 4 heads of width 64. The way `masked` is torch's attention over all pairs, those of two pictures masked."
+    """Pictures of 16 to 192 tokens, n in all, each attending to itself: 4 heads of width 64.
+
+    The way `masked` is torch's attention over all pairs, those of two pictures masked."""
     from vitbook.kernels import packed_attention as P
     def way(f):
-        return lambda n: both(lambda q, k, v: f(q, k, v, ragged(n)), [x[0].transpose(0, 1) for x in _inputs(n, device)])
+        return lambda n: both(lambda q, k, v: f(q, k, v, ragged(n)),
+                              [x[0].transpose(0, 1) for x in _inputs(n, device)])
     can = [name for name in P.BACKENDS if P.refusal(name, device, numbers(device), True) is None]
-    return {'naive': way(P.naive_packed_attention)} | {name: way(lambda *a, name=name: P.packed_attention(*a, backend=name)) for name in can}
+    return {'naive': way(P.naive_packed_attention)} | {
+        name: way(lambda *a, name=name: P.packed_attention(*a, backend=name)) for name in can}
 
-@register_bench('vitbook.kernels.set_attention.set_attention', sizes=(512, 1024, 2048), gpu_sizes=(1024, 4096, 8192))
+@register_bench('vitbook.kernels.set_attention.set_attention', sizes=(512, 1024, 2048),
+                gpu_sizes=(1024, 4096, 8192))
 def set_attention(device: str) -> dict[str, Callable]:
-    "n tokens in sets of 36, of which a sixth are repeats: 8 heads of width 16. The way `sdpa` is torch's attention over all pairs, those of two sets masked."
+    """n tokens in sets of 36, of which a sixth are repeats: 8 heads of width 16.
+
+    The way `sdpa` is torch's attention over all pairs, those of two sets masked."""
     import torch.nn.functional as F
     from vitbook.kernels import set_attention as S
     def sets(n):
@@ -118,12 +140,14 @@ def set_attention(device: str) -> dict[str, Callable]:
         return inds.to(device), mask.to(device), owner.to(device)
     def dense(q, k, v, owner):
         q, k, v = (x.unflatten(1, (8, 16)).transpose(0, 1)[None] for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=owner[:, None] == owner)[0].transpose(0, 1).flatten(1)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=owner[:, None] == owner)[0].transpose(0, 1).flatten(1)
     leaves = lambda n: [x[0, 0] for x in _inputs(n, device, h=1, d=128)]
     def fast(n):
         inds, mask, _ = sets(n)
         slots = S.first_slots(inds, n)
-        return both(lambda q, k, v: S.set_attention(q, k, v, inds, mask, slots, num_heads=8), leaves(n))
+        return both(
+            lambda q, k, v: S.set_attention(q, k, v, inds, mask, slots, num_heads=8), leaves(n))
     def slow(n):
         inds, mask, _ = sets(n)
         return both(lambda q, k, v: S.naive_set_attention(q, k, v, inds, mask, 8), leaves(n))
@@ -133,10 +157,6 @@ def set_attention(device: str) -> dict[str, Callable]:
     return {'naive': slow, 'sdpa': plain, 'batched sets': fast}
 
 # %% ../nbs/00_foundations/21_bench.ipynb #f35f2a9c
-def _version(name):
-    try: return metadata.version(name)
-    except metadata.PackageNotFoundError: return None
-
 def machine(device: str = 'cpu') -> dict[str, Any]:
     "What the times of this machine depend on."
     name = platform.processor() or platform.machine()
@@ -144,10 +164,15 @@ def machine(device: str = 'cpu') -> dict[str, Any]:
         found = re.search(r'^model name\s*:\s*(.+)$', Path('/proc/cpuinfo').read_text(), re.M)
         name = found[1].strip() if found else name
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30 if hasattr(os, 'sysconf') else None
-    facts = dict(processor=name, cores=os.cpu_count(), memory_gib=None if memory is None else round(memory), system=f'{platform.system()} {platform.machine()}',
+    facts = dict(processor=name, cores=os.cpu_count(),
+                 memory_gib=None if memory is None else round(memory),
+                 system=f'{platform.system()} {platform.machine()}',
                  python=platform.python_version(), torch=torch.__version__, threads=torch.get_num_threads())
     if torch.device(device).type == 'cuda':
-        facts |= dict(gpu=torch.cuda.get_device_name(device), gpu_memory_gib=round(torch.cuda.get_device_properties(device).total_memory / 2**30), cuda=torch.version.cuda, triton=_version('triton'))
+        facts |= dict(
+            gpu=torch.cuda.get_device_name(device),
+            gpu_memory_gib=round(torch.cuda.get_device_properties(device).total_memory / 2**30),
+            cuda=torch.version.cuda, triton=installed('triton'))
     return facts
 
 def run_bench(name: str,
@@ -156,16 +181,26 @@ def run_bench(name: str,
               rounds: int = 5) -> dict[str, Any]:
     """All ways of a benchmark at all sizes, timed in turns: time (median and quartiles, seconds), peak memory (bytes), growth exponents, and times at the largest size as multiples of `plain` and of `naive`.
 
-    A way that runs out of a GPU's memory is left out from that size on and named under `out_of_memory`. ValueError if there is no such bench, a size is not positive or the device is neither CPU nor CUDA GPU."""
-    if name not in _entries: raise ValueError(f'there is no bench named {name!r}: there are {", ".join(sorted(_entries))}')
+    A way that runs out of a GPU's memory is left out from that size on and named under
+    `out_of_memory`. ValueError if there is no such bench, a size is not positive or the device is
+    neither CPU nor CUDA GPU."""
+    if name not in _entries:
+        raise ValueError(f'there is no bench named {name!r}: there are '
+                         f'{", ".join(sorted(_entries))}')
     bench, kind = _entries[name], torch.device(device).type
-    if kind not in ('cpu', 'cuda'): raise ValueError(f'device must be a CPU or a CUDA GPU, whose times and memory can be measured, got {device!r}')
+    if kind not in ('cpu', 'cuda'):
+        raise ValueError('device must be a CPU or a CUDA GPU, whose times and memory can be '
+                         f'measured, got {device!r}')
     sizes = tuple(sizes or (bench.sizes if kind == 'cpu' else bench.gpu_sizes))
     if min(sizes) < 1: raise ValueError(f'sizes must be at least 1, got {list(sizes)}')
     ways, passes = bench.ways(device), {}
     with torch.cuda.device(device) if kind == 'cuda' else contextlib.nullcontext():
-        for which in ('forward', 'train'): passes[which] = _timed(bench, {w: (lambda n, make=make: make(n)[which]) for w, make in ways.items()}, sizes, rounds, kind)
-    return dict(bench=name, what=bench.what, times=bench.path, naive=bench.naive, plain=bench.plain, device=kind, dtype=str(numbers(device)).removeprefix('torch.'),
+        for which in ('forward', 'train'):
+            passes[which] = _timed(
+                bench, {w: (lambda n, make=make: make(n)[which]) for w, make in ways.items()},
+                sizes, rounds, kind)
+    return dict(bench=name, what=bench.what, times=bench.path, naive=bench.naive, plain=bench.plain,
+                device=kind, dtype=str(numbers(device)).removeprefix('torch.'),
                 machine=machine(device), sizes=list(sizes), **passes)
 
 def _timed(bench, ways, sizes, rounds, device):
@@ -175,12 +210,16 @@ def _timed(bench, ways, sizes, rounds, device):
             try: ways[w](n)()
             except torch.OutOfMemoryError: full[w] = n
         if full and torch.cuda.is_available(): torch.cuda.empty_cache()
-        rows += measure.compare({w: make for w, make in ways.items() if w not in full}, [n], rounds=rounds, device=device).rows
+        rows += measure.compare({w: make for w, make in ways.items() if w not in full}, [n],
+                                rounds=rounds, device=device).rows
     top = {r['way']: r['median'] for r in rows if r['n'] == max(sizes)}
     of = lambda base: {w: t / top[base] for w, t in top.items()} if base in top else {}
     series = {w: [r for r in rows if r['way'] == w] for w in ways}
-    powers = lambda what: {w: measure.slope([r['n'] for r in own], [r[what] for r in own]) for w, own in series.items() if len(own) > 1 and all(r[what] for r in own)}
-    return dict(rows=rows, out_of_memory=full, of_plain=of(bench.plain), of_naive=of(bench.naive), time_exponents=powers('median'), memory_exponents=powers('memory'))
+    powers = lambda what: {w: measure.slope([r['n'] for r in own], [r[what] for r in own])
+                           for w, own in series.items()
+                           if len(own) > 1 and all(r[what] for r in own)}
+    return dict(rows=rows, out_of_memory=full, of_plain=of(bench.plain), of_naive=of(bench.naive),
+                time_exponents=powers('median'), memory_exponents=powers('memory'))
 
 # %% ../nbs/00_foundations/21_bench.ipynb #833d2de6
 def rows_of(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -193,18 +232,27 @@ def rows_of(result: dict[str, Any]) -> list[dict[str, str]]:
         number = lambda what, way: f'{part[what][way]:.2f}' if way in part[what] else ''
         for r in (r for r in part['rows'] if r['n'] == top):
             way = r['way']
-            rows.append({'pass': which, 'way': way, 'n': f'{top:,}', 'ms (quartiles)': f"{ms(r['median'])} ({ms(r['low'])}–{ms(r['high'])})",
-                         f"of {result['plain']}": number('of_plain', way), 'of naive': number('of_naive', way), 'peak MiB': '' if r['memory'] is None else f"{r['memory'] / 2**20:.3g}",
-                         'time ~ n^': number('time_exponents', way), 'memory ~ n^': number('memory_exponents', way)})
-        rows += [{'pass': which, 'way': way, 'n': f'{n:,}', 'ms (quartiles)': 'out of memory', f"of {result['plain']}": '', 'of naive': '', 'peak MiB': '', 'time ~ n^': number('time_exponents', way),
+            rows.append({'pass': which, 'way': way, 'n': f'{top:,}',
+                         'ms (quartiles)': f"{ms(r['median'])} ({ms(r['low'])}–{ms(r['high'])})",
+                         f"of {result['plain']}": number('of_plain', way),
+                         'of naive': number('of_naive', way),
+                         'peak MiB': '' if r['memory'] is None else f"{r['memory'] / 2**20:.3g}",
+                         'time ~ n^': number('time_exponents', way),
+                         'memory ~ n^': number('memory_exponents', way)})
+        rows += [{'pass': which, 'way': way, 'n': f'{n:,}', 'ms (quartiles)': 'out of memory',
+                  f"of {result['plain']}": '', 'of naive': '', 'peak MiB': '',
+                  'time ~ n^': number('time_exponents', way),
                   'memory ~ n^': number('memory_exponents', way)} for way, n in part['out_of_memory'].items()]
     return rows
 
 def save(result: dict[str, Any],
          folder: str | os.PathLike,       # `benchmarks` of the checkout
         ) -> Path:
-    "Write a result to <folder>/<cpu, or the GPU's name>/<bench>.json, whole or not at all; an older file of the same machine kind is replaced."
-    kind = 'cpu' if result['device'] == 'cpu' else re.sub(r'[^a-z0-9]+', '-', result['machine'].get('gpu', result['device']).lower()).strip('-')
+    """Write a result to <folder>/<cpu, or the GPU's name>/<bench>.json, whole or not at all.
+
+    An older file of the same machine kind is replaced."""
+    kind = 'cpu' if result['device'] == 'cpu' else re.sub(
+        r'[^a-z0-9]+', '-', result['machine'].get('gpu', result['device']).lower()).strip('-')
     path = Path(folder)/kind/f"{result['bench']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     measure.write_atomically(path, json.dumps(result, indent=1) + '\n')
@@ -216,6 +264,8 @@ def saved(folder: str | os.PathLike) -> list[dict[str, Any]]:
     for path in sorted(Path(folder).glob('*/*.json')):
         try: result = json.loads(path.read_text(encoding='utf-8'))
         except ValueError as e: raise ValueError(f'{path} is no JSON: {e}') from e
-        if not isinstance(result, dict) or not {'bench', 'machine', 'dtype', 'sizes', 'forward', 'train'} <= result.keys(): raise ValueError(f'{path} is no result of `vitbook bench --save`')
+        if not isinstance(result, dict) or not {'bench', 'machine', 'dtype', 'sizes', 'forward',
+                                                'train'} <= result.keys():
+            raise ValueError(f'{path} is no result of `vitbook bench --save`')
         found.append(result | dict(kind=path.parent.name))
     return found

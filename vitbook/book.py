@@ -11,14 +11,16 @@ __all__ = ['BookError', 'find_root', 'Chapter', 'find_chapters', 'choose', 'writ
 import asyncio, contextlib, functools, html, importlib.util, json, os, queue, re, shutil, signal, sys, tempfile, threading, time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from html.parser import HTMLParser
 from pathlib import Path
 from . import lock
+from .names import did_you_mean, nearest
 
 # %% ../nbs/00_foundations/14_running_the_book.ipynb #bf82c5e4
 class BookError(Exception):
-    "A mistake the reader can put right, said in one sentence; the command line prints it and exits with status 2."
+    """A mistake the reader can put right, said in one sentence.
+
+    The command line prints it and exits with status 2."""
 
 def _unnumbered(name): return re.sub(r'^\d+_', '', name)
 
@@ -27,7 +29,8 @@ def find_root(start: str | Path | None = None) -> Path:  # look here and above; 
     start = Path(start or '.').resolve()
     for folder in (start, *start.parents):
         if (folder/'settings.ini').is_file() and (folder/'nbs').is_dir(): return folder
-    raise BookError(f'{start} is not inside a checkout of the book: run this in a clone of the repository (or say --root FOLDER)')
+    raise BookError(f'{start} is not inside a checkout of the book: run this in a clone of the '
+                    'repository (or say --root FOLDER)')
 
 # %% ../nbs/00_foundations/14_running_the_book.ipynb #7a01b143
 @dataclass(frozen=True)
@@ -39,7 +42,9 @@ class Chapter:
 
     @property
     def page(self) -> str:
-        "Where its page lies in the output folder. The home page is home.html: index.html is the table of the run."
+        """Where its page lies in the output folder.
+
+        The home page is home.html: index.html is the table of the run."""
         name = 'home' if (self.part, self.slug) == ('', 'index') else self.path.stem
         return f'{self.part}/{name}.html' if self.part else f'{name}.html'
 
@@ -51,14 +56,17 @@ class Chapter:
     def facts(self) -> dict:
         "Title, blurb, module and run time, as its first cells say."
         try: cells = json.loads(self.path.read_text(encoding='utf-8'))['cells']
-        except (ValueError, KeyError, TypeError): return dict(title=self.slug, blurb='this file is not a notebook', module='', run_time='')
+        except (ValueError, KeyError, TypeError):
+            return dict(title=self.slug, blurb='this file is not a notebook', module='',
+                        run_time='')
         text = '\n\n'.join(''.join(c['source']) for c in cells[:6] if c['cell_type'] == 'markdown')
         code = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code')
         def first(pattern, text):
             m = re.search(pattern, text, re.M)
             return m[1].strip() if m else ''
         return dict(title=first(r'^# +(.+)$', text) or self.slug, blurb=first(r'^> +(.+)$', text),
-                    module=first(r'^#\|\s*default_exp +(\S+)', code), run_time=first(r'^\| *run time *\| *([^|]*)\|', text))
+                    module=first(r'^#\|\s*default_exp +(\S+)', code),
+                    run_time=first(r'^\| *run time *\| *([^|]*)\|', text))
 
 # %% ../nbs/00_foundations/14_running_the_book.ipynb #ae028f3a
 def find_chapters(root: Path) -> list[Chapter]:
@@ -74,29 +82,38 @@ def find_chapters(root: Path) -> list[Chapter]:
     return sorted(found, key=lambda c: (rank.get((c.part, c.slug), 1), c.part, c.path.name))
 
 def choose(chapters: list[Chapter], names: Iterable[str]) -> list[Chapter]:
-    "The chapters that `names` (slugs, file names, parts, 'all') mean, in reading order; none means all."
+    """The chapters that `names` (slugs, file names, parts, 'all') mean, in reading order.
+
+    None means all."""
     names, wanted = list(names), set()
     known = {}
     for c in chapters:
-        for name in {c.slug, c.path.stem, c.label, f'{c.part}/{c.path.stem}'}: known.setdefault(name, set()).add(c)
+        for name in {c.slug, c.path.stem, c.label, f'{c.part}/{c.path.stem}'}:
+            known.setdefault(name, set()).add(c)
     parts = {}
     for c in chapters:
         if c.part:
-            for name in {c.part, _unnumbered(c.part), c.part.split('_')[0]}: parts.setdefault(name, set()).add(c)
+            for name in {c.part, _unnumbered(c.part), c.part.split('_')[0]}:
+                parts.setdefault(name, set()).add(c)
     for name in names:
         key = re.sub(r'^(\./)?nbs/', '', name).removesuffix('.ipynb').rstrip('/')
         if key == 'all': wanted.update(chapters)
         elif key in known: wanted |= known[key]
         elif key in parts: wanted |= parts[key]
         else:
-            near = get_close_matches(key, dict.fromkeys([*(c.slug for c in chapters), *(_unnumbered(c.part) for c in chapters if c.part), key]), n=4, cutoff=.6)[1:]
-            hint = f'did you mean {" or ".join(near)}?' if near else '`vitbook chapters` lists them'
+            near = nearest(
+                key,
+                [*(c.slug for c in chapters), *(_unnumbered(c.part) for c in chapters if c.part)],
+                cutoff=.6)
+            hint = did_you_mean(near, '`vitbook chapters` lists them')
             raise BookError(f'there is no chapter or part named {name!r}: {hint}')
     return [c for c in chapters if c in wanted or not names]
 
 # %% ../nbs/00_foundations/14_running_the_book.ipynb #191a92aa
 def write_whole(path: Path, text: str) -> None:
-    "Write `text` so that `path` is at any moment the old file or the new one; BookError when the folder does not take it."
+    """Write `text` so that `path` is at any moment the old file or the new one.
+
+    BookError when the folder does not take it."""
     temp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +150,8 @@ def directives(source: str) -> tuple[dict[str, str], str]:
     while lines and (not lines[0].strip() or lines[0].startswith('#|')):
         line = lines.pop(0)[2:]
         m = re.match(r'\s*([\w-]+)(?::\s*|\s+|$)(.*)', line)
-        if key and re.match(r'\s{3,}\S', line): found[key] = f'{found[key]} {line.strip()}'.strip()   # a value that goes on
+        # a value that goes on
+        if key and re.match(r'\s{3,}\S', line): found[key] = f'{found[key]} {line.strip()}'.strip()
         elif m: key, found[m[1]] = m[1], m[2].strip()
     for key, value in found.items():
         if len(value) > 1 and value[0] == value[-1] and value[0] in '\'"': value = value[1:-1]
@@ -144,28 +162,34 @@ def directives(source: str) -> tuple[dict[str, str], str]:
 def _skipped(source, device='cpu', slow=False):
     "Is this code cell left out of a run? Its saved outputs stay."
     d = directives(source)[0]
-    return ('slow' in d and not slow) or d.get('eval') == 'false' or ('cuda' in d and device != 'cuda')
+    return ('slow' in d and not slow) or d.get('eval') == 'false' or (
+        'cuda' in d and device != 'cuda')
 
 def _own_inputs(nb, device):
     "What of the notebook itself decides its page: sources without the run time, and the outputs that no run makes."
     for c in nb['cells']:
         source = ''.join(c['source'])
         yield c['cell_type'], lock.without_run_time(source) if c['cell_type'] == 'markdown' else source
-        if c['cell_type'] == 'code' and _skipped(source, device): yield 'saved', json.dumps(c['outputs'], sort_keys=True)
+        if c['cell_type'] == 'code' and _skipped(source, device):
+            yield 'saved', json.dumps(c['outputs'], sort_keys=True)
 
 def source_hash(nb: dict,            # the notebook as it stands in its file
                 device: str = 'cpu') -> str:
     "Hash of what of the notebook itself decides its page on this device."
-    return lock.digest(device, *(text for kind_and_text in _own_inputs(nb, device) for text in kind_and_text))
+    return lock.digest(
+        device, *(text for kind_and_text in _own_inputs(nb, device) for text in kind_and_text))
 
 def outputs_hash(nb: dict) -> str:
     "Hash of the outputs that are saved in the notebook."
-    return lock.digest(*(json.dumps(c['outputs'], sort_keys=True) for c in nb['cells'] if c['cell_type'] == 'code'))
+    return lock.digest(*(json.dumps(c['outputs'], sort_keys=True) for c in nb['cells']
+                         if c['cell_type'] == 'code'))
 
 # %% ../nbs/00_foundations/14_running_the_book.ipynb #9a76d423
 _REMOTE = re.compile(r'^\s*(https?:)?//', re.I)
-_LOADS = {'script': ('src',), 'link': ('href',), 'img': ('src', 'srcset'), 'iframe': ('src',), 'source': ('src', 'srcset'), 'video': ('src', 'poster'), 'audio': ('src',),
-          'embed': ('src',), 'object': ('data',), 'image': ('href', 'xlink:href'), 'use': ('href', 'xlink:href'), 'input': ('src',), 'track': ('src',)}
+_LOADS = {'script': ('src',), 'link': ('href',), 'img': ('src', 'srcset'), 'iframe': ('src',),
+          'source': ('src', 'srcset'), 'video': ('src', 'poster'), 'audio': ('src',),
+          'embed': ('src',), 'object': ('data',), 'image': ('href', 'xlink:href'),
+          'use': ('href', 'xlink:href'), 'input': ('src',), 'track': ('src',)}
 _IN_STYLE = re.compile(r'(?:url\(\s*["\']?|@import\s+["\'])((?:https?:)?//[^"\')\s]+)', re.I)
 _IN_SCRIPT = re.compile(r'(?:import\s*\(?|from|\.src\s*=|importScripts\(|fetch\()\s*["\']((?:https?:)?//[^"\']+)')
 
@@ -198,12 +222,14 @@ _NEEDS = 'nbclient', 'nbformat', 'nbconvert', 'ipykernel', 'latex2mathml', 'rich
 def need_book() -> None:
     "BookError in one sentence when the extra that runs the book is missing."
     missing = [m for m in _NEEDS if importlib.util.find_spec(m) is None]
-    if missing: raise BookError(f"running the book needs {', '.join(missing)}: pip install 'vitbook[book]'")
+    if missing:
+        raise BookError(f"running the book needs {', '.join(missing)}: pip install 'vitbook[book]'")
 
 def to_mathml(tex: str, block: bool = False) -> str:
     "TeX as MathML; TeX that cannot be converted stays readable, marked with class 'tex'."
     from latex2mathml.converter import convert
-    tex = re.sub(r'\\[bB]igg?[lrm]?(?![a-zA-Z])', '', html.unescape(tex)).strip()       # it knows no \big; browsers stretch fences by themselves
+    # it knows no \big; browsers stretch fences by themselves
+    tex = re.sub(r'\\[bB]igg?[lrm]?(?![a-zA-Z])', '', html.unescape(tex)).strip()
     try: return convert(tex, display='block' if block else 'inline')
     except Exception: return f'<code class="tex">{html.escape(tex)}</code>'
 
@@ -220,9 +246,10 @@ def _anchor(text):
 # %% ../nbs/00_foundations/14_running_the_book.ipynb #3c6a1a2a
 _CSS = '''
 :root { color-scheme: light dark; --ink: #1c1e21; --paper: #fff; --soft: #f4f5f7; --line: #d9dce1; --link: #0b5cad; --dim: #5a6069;
-  --bad: #b3261e; --good: #1a7f37 }
+  --bad: #b3261e; --good: #1a7f37; --comment: #57606a; --keyword: #8a1f5c; --string: #1a5e2e; --number: #8a4b08 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --paper: #16181c; --soft: #20242a; --line: #3a3f47; --link: #7db7ff;
-  --dim: #a2a9b3; --bad: #ff8a80; --good: #6fd08c } }
+  --dim: #a2a9b3; --bad: #ff8a80; --good: #6fd08c; --comment: #a3adb8; --keyword: #f0a6c4; --string: #9bd6a5;
+  --number: #f2c08a } }
 body { margin: 0 auto; padding: 0 1.2rem 4rem; max-width: 58rem; background: var(--paper); color: var(--ink); font: 16px/1.6 system-ui, sans-serif }
 nav { padding: .7rem 0; border-bottom: 1px solid var(--line); margin-bottom: 1rem; color: var(--dim) }
 a { color: var(--link) } h1, h2, h3 { line-height: 1.25; margin-top: 1.8em } h1 { margin-top: .6em }
@@ -253,12 +280,20 @@ math[display=block] { margin: 1em 0; overflow-x: auto }
 .callout { border-left: 4px solid var(--link); background: var(--soft); padding: .2em 1em; margin: 1em 0 }
 .note { color: var(--dim); font-size: 14.5px }
 details.plumbing { border: 0; padding: 0; margin: .2em 0 } details.plumbing summary { color: var(--dim); font: 13px monospace }
-@media (prefers-color-scheme: dark) {
-  .highlight pre, .highlight pre span { color: #e4e6ea !important } .highlight .o, .highlight .nd, .highlight .ne { color: #d2a8ff !important }
-  .highlight .c1, .highlight .c, .highlight .cm { color: #8b98a9 !important }
-  .highlight .k, .highlight .kn, .highlight .kc, .highlight .ow, .highlight .kd { color: #7ee787 !important }
-  .highlight .s1, .highlight .s2, .highlight .sd, .highlight .sa, .highlight .s, .highlight .si { color: #ffa198 !important }
-  .highlight .mi, .highlight .mf { color: #79c0ff !important } }
+body .highlight pre, body .highlight pre :is(span, .o, .p), .jp-RenderedText pre { color: var(--ink) }
+body .highlight pre :is(.c, .c1, .cm, .ch, .cs) { color: var(--comment); font-style: normal }
+body .highlight pre :is(.k, .kn, .kc, .kd, .kr, .kt, .ow) { color: var(--keyword); font-weight: normal }
+body .highlight pre :is(.s, .s1, .s2, .sa, .sb, .sd, .se, .sf, .sh, .si, .sr) { color: var(--string) }
+body .highlight pre :is(.m, .mi, .mf, .mh, .mb, .mo) { color: var(--number) }
+body .highlight pre :is(.nf, .nc, .nd, .nb, .ne, .fm) { color: var(--link) }
+body .jp-RenderedHTMLCommon :not(pre) > code { color: var(--ink); background: var(--soft); overflow-wrap: anywhere; white-space: normal }
+.highlight pre { white-space: pre-wrap; overflow-wrap: anywhere }
+.jp-OutputArea-output pre { white-space: pre-wrap; overflow-wrap: anywhere }
+math[display=block] { max-width: 100%; overflow-y: hidden }
+@media (max-width: 600px) {
+  body { padding: 0 .8rem 3rem } math[display=block] { font-size: 13px }
+  .jp-RenderedHTMLCommon table { display: block; overflow-x: auto; max-width: 100% } td, th { min-width: 5rem }
+  h1, h2, h3, p, li { overflow-wrap: break-word } }
 '''
 _TEMPLATE = '''{%- extends 'lab/index.html.j2' -%}
 {%- block html_head_js -%}{%- endblock -%}
@@ -301,10 +336,12 @@ def _exporter():
             self.numbers, self.seen = numbers, seen
         def inline_math(self, body): return to_mathml(body)
         def block_math(self, body): return to_mathml(body, block=True)
-        def latex_environment(self, name, body): return to_mathml(f'\\begin{{{name}}}{body}\\end{{{name}}}', block=True)
+        def latex_environment(self, name, body):
+            return to_mathml(f'\\begin{{{name}}}{body}\\end{{{name}}}', block=True)
         def link(self, text, url, title=None): return super().link(text, _page_link(url), title)
         def _html_embed_images(self, text):     # nbconvert's own closes a <details> at the end of the block that opens it
-            return re.sub(r'(<img\b[^>]*?\bsrc=["\'])([^"\']+)', lambda m: m[1] + self._embed_image_or_attachment(m[2]), text)
+            return re.sub(r'(<img\b[^>]*?\bsrc=["\'])([^"\']+)',
+                          lambda m: m[1] + self._embed_image_or_attachment(m[2]), text)
         def heading(self, text, level, **attrs):
             m = re.match(r'^(.*?)\s*\{#([\w-]+)[^}]*\}$', text)
             text, anchor = (m[1], m[2]) if m else (text, _anchor(text))
@@ -317,21 +354,27 @@ def _exporter():
         def __init__(self, **kw):
             super().__init__(**kw)
             self.numbers, self.seen = {}, {}
-            self.register_filter('latex_output', lambda tex: to_mathml(tex.strip().strip('$'), block=True))
+            self.register_filter('latex_output',
+                                 lambda tex: to_mathml(tex.strip().strip('$'), block=True))
 
         def _markdown(self, source, resources, attachments=None):
-            source = re.sub(r'(\$\$[^$]+\$\$)[ \t]*\{#([\w-]+)\}', r'<span id="\2"></span>\n\n\1', source)
+            source = re.sub(
+                r'(\$\$[^$]+\$\$)[ \t]*\{#([\w-]+)\}', r'<span id="\2"></span>\n\n\1', source)
             source = re.sub(r'^::: *\{[^}\n]*\} *$', '<div class="callout">\n', source, flags=re.M)
             source = re.sub(r'^::: *$', '\n</div>', source, flags=re.M)
-            source = re.sub(r'(?<![\w`\[/])@((fig|eq|tbl)-[\w-]+)', lambda m: f'[{self.numbers.get(m[1], m[1])}](#{m[1]})', source)
-            renderer = Renderer(self.numbers, self.seen, escape=False, attachments=attachments or {}, embed_images=True,
+            source = re.sub(r'(?<![\w`\[/])@((fig|eq|tbl)-[\w-]+)',
+                            lambda m: f'[{self.numbers.get(m[1], m[1])}](#{m[1]})', source)
+            renderer = Renderer(self.numbers, self.seen, escape=False,
+                                attachments=attachments or {}, embed_images=True,
                                 path=resources.get('metadata', {}).get('path', ''), exclude_anchor_links=True)
             out = MarkdownWithMath(renderer=renderer).render(source)
-            return re.sub(r'(<a\b[^>]*\bhref=")([^"]+)(")', lambda m: m[1] + _page_link(m[2]) + m[3], out)
+            return re.sub(r'(<a\b[^>]*\bhref=")([^"]+)(")',
+                          lambda m: m[1] + _page_link(m[2]) + m[3], out)
 
         @pass_context
         def markdown2html(self, context, source):
-            return self._markdown(source, context.get('resources', {}), context.get('cell', {}).get('attachments'))
+            return self._markdown(source, context.get('resources', {}),
+                                  context.get('cell', {}).get('attachments'))
 
     return Exporter(exclude_input_prompt=True, exclude_output_prompt=True, embed_images=True,
                     mathjax_url='', require_js_url='', jquery_url='', jupyter_widgets_base_url='')
@@ -350,11 +393,15 @@ def _for_page(nb):
             if 'hide' in d or d.get('include') == 'false': continue
             c.execution_count = None
             hidden = {}
-            if d.get('echo') == 'false' or 'default_exp' in d or not c.source.strip(): hidden['remove_source'] = True
-            elif 'export' in d or d.get('code-fold') == 'true':             # plumbing; `exports` marks what the page is about
+            if d.get('echo') == 'false' or 'default_exp' in d or not c.source.strip():
+                hidden['remove_source'] = True
+            elif 'export' in d or d.get('code-fold') == 'true':
+                # plumbing; `exports` marks what the page is about
                 names = re.findall(r'^(?:async )?(?:def|class) (\w+)', c.source, re.M)
-                hidden['fold'] = d.get('code-summary') or ', '.join([n for n in names if n[0] != '_'] or names) or 'imports and constants'
-            if re.search(r'\b(slider|interact|interactive)\(', c.source) and c.outputs: hidden['control'] = True
+                hidden['fold'] = d.get('code-summary') or ', '.join(
+                    [n for n in names if n[0] != '_'] or names) or 'imports and constants'
+            if re.search(r'\b(slider|interact|interactive)\(', c.source) and c.outputs:
+                hidden['control'] = True
             c.metadata['transient'] = hidden
             if d.get('output') == 'false': c.outputs = []
             label = d.get('label', '')
@@ -362,10 +409,13 @@ def _for_page(nb):
                 o.pop('execution_count', None)
                 if o.output_type == 'execute_result': o.execution_count = None
                 for mime in [m for m in o.get('data', {}) if m.startswith('image/')]:
-                    o.setdefault('metadata', {}).setdefault(mime, {}).update(alt=d.get('fig-alt', ''), label=label)
-                    if label.startswith('fig-') and label not in numbers: numbers[label] = f'Figure {1 + sum(k.startswith("fig-") for k in numbers)}'
+                    o.setdefault('metadata', {}).setdefault(mime, {}).update(
+                        alt=d.get('fig-alt', ''), label=label)
+                    if label.startswith('fig-') and label not in numbers:
+                        numbers[label] = f'Figure {1 + sum(k.startswith("fig-") for k in numbers)}'
                     caption = d.get('fig-cap', '')
-                    if caption: o.metadata[mime]['caption'] = f'{numbers[label]}: {caption}' if label in numbers else caption
+                    if caption:
+                        o.metadata[mime]['caption'] = f'{numbers[label]}: {caption}' if label in numbers else caption
                     label = ''
             if not c.outputs and hidden.get('remove_source'): continue
         cells.append(c)
@@ -387,15 +437,19 @@ def make_page(nb,
     for c in nb.cells:
         for o in c.get('outputs', ()):
             for m in o.get('metadata', {}).values():
-                if isinstance(m, dict) and 'caption' in m: m['caption'] = re.sub(r'^<p>|</p>\s*$', '', exporter._markdown(m['caption'], resources).strip())
+                if isinstance(m, dict) and 'caption' in m:
+                    m['caption'] = re.sub(r'^<p>|</p>\s*$', '',
+                                          exporter._markdown(m['caption'], resources).strip())
     up = '../' * chapter.page.count('/')
-    def way(c, text): return f' · <a href="{up}{html.escape(c.page)}">{html.escape(text.format(c.slug))}</a>' if c else ''
+    def way(c, text):
+        return f' · <a href="{up}{html.escape(c.page)}">{html.escape(text.format(c.slug))}</a>' if c else ''
     beside = way(before, '← {}') + way(after, '{} →')
     place = f'<a href="{up}index.html">Contents</a> / {html.escape(_unnumbered(chapter.part) or "the book")}'
     resources |= {'vitbook_css': _CSS + _PAGE_CSS, 'vitbook_nav': place + beside}
     page = exporter.from_notebook_node(nb, resources)[0]
     elsewhere = loads_elsewhere(page)
-    if elsewhere: raise BookError(f'the page would load {", ".join(elsewhere[:3])} from another host')
+    if elsewhere:
+        raise BookError(f'the page would load {", ".join(elsewhere[:3])} from another host')
     return page
 
 def _plain_page(title, body, up=''):
@@ -404,9 +458,12 @@ def _plain_page(title, body, up=''):
 
 # %% ../nbs/00_foundations/14_running_the_book.ipynb #2f41bfba
 class ShowDocs:
-    "nbdev's step `exec_show_docs`, done from the exported module. Named by `procs` in settings.ini."
+    """nbdev's step `exec_show_docs`, done from the exported module.
+
+    Named by `procs` in settings.ini."""
     def __init__(self, nb):
-        self.module = next((c.directives_['default_exp'][0].removesuffix('.__init__') for c in nb.cells if 'default_exp' in c.directives_), None)
+        self.module = next((c.directives_['default_exp'][0].removesuffix('.__init__')
+                            for c in nb.cells if 'default_exp' in c.directives_), None)
 
     def begin(self):
         "The names that the notebook's module exports, looked up before its cells are gone through."
@@ -417,9 +474,13 @@ class ShowDocs:
         self.shell.run_cell(f'from nbdev.showdoc import show_doc\nimport importlib\nglobals().update(vars(importlib.import_module({name!r})))')
 
     def __call__(self, cell):
-        if self.module is None or cell.cell_type != 'code' or not re.search(r'^show_doc\(', cell.source, re.M): return
+        if self.module is None or cell.cell_type != 'code' or not re.search(
+            r'^show_doc\(', cell.source, re.M):
+            return
         self.shell.cell(cell)
-        if self.shell.exc: raise RuntimeError(f'{cell.source} in the notebook of vitbook.{self.module}: {self.shell.exc}')
+        if self.shell.exc:
+            raise RuntimeError(f'{cell.source} in the notebook of vitbook.{self.module}: '
+                               f'{self.shell.exc}')
 
 # %% ../nbs/00_foundations/14_running_the_book.ipynb #45f494a7
 _LAUNCH = '''
@@ -437,8 +498,11 @@ def _kernel(folder: Path):
     "A kernel manager for this Python (not for whichever `python3` a kernelspec names), with sockets in `folder`."
     from jupyter_client import AsyncKernelManager
     from jupyter_client.kernelspec import KernelSpec
-    km = AsyncKernelManager(connection_file=str(folder/'kernel.json'), transport='ipc' if os.name == 'posix' else 'tcp')
-    km._kernel_spec = KernelSpec(argv=[sys.executable, '-Xfrozen_modules=off', '-c', _LAUNCH, '-f', '{connection_file}'], display_name='python3', language='python')
+    km = AsyncKernelManager(connection_file=str(folder/'kernel.json'),
+                            transport='ipc' if os.name == 'posix' else 'tcp')
+    km._kernel_spec = KernelSpec(
+        argv=[sys.executable, '-Xfrozen_modules=off', '-c', _LAUNCH, '-f', '{connection_file}'],
+        display_name='python3', language='python')
     return km
 
 # %% ../nbs/00_foundations/14_running_the_book.ipynb #7ed0a77d
@@ -446,18 +510,26 @@ def _environment(root, device, records, folder):
     "What a kernel finds: one thread (or VITBOOK_THREADS), the checkout's library, and the hook of the lock."
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONSTARTUP'}
     threads = env.get('VITBOOK_THREADS', '1')
-    env |= dict(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads, PYTHONHASHSEED='0', TQDM_DISABLE='1')
-    env |= dict(VITBOOK_RUN='1', VITBOOK_DEVICE=device, VITBOOK_RECORDS=str(records), IPYTHONDIR=str(folder/'ipython'))
+    env |= dict(OMP_NUM_THREADS=threads, MKL_NUM_THREADS=threads, OPENBLAS_NUM_THREADS=threads,
+                PYTHONHASHSEED='0', TQDM_DISABLE='1')
+    env |= dict(VITBOOK_RUN='1', VITBOOK_DEVICE=device, VITBOOK_RECORDS=str(records),
+                IPYTHONDIR=str(folder/'ipython'))
     env |= dict(PYTHONPATH=os.pathsep.join([str(root), *filter(None, [env.get('PYTHONPATH')])]))
     return lock.trace_environment(folder/'trace', env)
 
 def _cpu_seconds(pid):
-    "Seconds that a process and its finished children computed; what they waited for others does not count."
-    try: return sum(map(int, Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[11:15])) / os.sysconf('SC_CLK_TCK')
+    """Seconds that a process and its finished children computed.
+
+    What they waited for others does not count."""
+    try:
+        return sum(map(int, Path(f'/proc/{pid}/stat').read_text().rsplit(')',
+            1)[1].split()[11:15])) / os.sysconf('SC_CLK_TCK')
     except (OSError, ValueError): return None
 
 def _peak_mb(pid):
-    "Peak resident memory of a process in MB (2**20 bytes). On Linux ru_maxrss would count its parent's too, so the system is asked."
+    """Peak resident memory of a process in MB (2**20 bytes).
+
+    On Linux ru_maxrss would count its parent's too, so the system is asked."""
     try: return int(re.search(r'VmHWM:\s*(\d+)', Path(f'/proc/{pid}/status').read_text())[1]) / 1024
     except (OSError, TypeError): return None
 
@@ -538,17 +610,21 @@ class _Bars(_Silent):
     "A bar for each running chapter, counted in cells, and one for the book."
     def __init__(self):
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        self.p = Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self.p = Progress(TextColumn('{task.description}'), BarColumn(), MofNCompleteColumn(),
+                          TimeElapsedColumn())
         self.tasks = {}
     def begin(self, total):
         self.p.start()
         self.all = self.p.add_task('[bold]the book', total=total)
-    def start(self, chapter, cells): self.tasks[chapter] = self.p.add_task(f'  {chapter.label}', total=cells)
+    def start(self, chapter, cells):
+        self.tasks[chapter] = self.p.add_task(f'  {chapter.label}', total=cells)
     def step(self, chapter): self.p.advance(self.tasks[chapter])
     def done(self, r):
         if r.chapter in self.tasks: self.p.remove_task(self.tasks.pop(r.chapter))
         self.p.advance(self.all)
-        if not r.good: self.p.console.print(f'{r.status}: {r.chapter.label}  {r.error}', style='red', markup=False, highlight=False)
+        if not r.good:
+            self.p.console.print(f'{r.status}: {r.chapter.label}  {r.error}', style='red',
+                                 markup=False, highlight=False)
     def end(self): self.p.stop()
 
 # %% ../nbs/00_foundations/14_running_the_book.ipynb #3e7d5ff5
@@ -557,11 +633,15 @@ def _seconds(s): return f'{s:.0f} s' if s >= 9.95 else f'{s:.1f} s'
 _ANY_ID = re.compile(r'(<.*?)( at 0x[0-9a-fA-F]+)(>)')
 
 def canonical(nb) -> str:
-    "The notebook as nbdev_clean would leave it: outputs kept; counts, volatile metadata and addresses in reprs removed."
+    """The notebook as nbdev_clean would leave it: outputs kept.
+
+    Counts, volatile metadata and addresses in reprs removed."""
     import copy
     from nbformat.v4.rwbase import split_lines, strip_transient
     nb = strip_transient(copy.deepcopy(nb))
-    def clean(text): return [_ANY_ID.sub(r'\1\3', t) for t in text] if isinstance(text, list) else _ANY_ID.sub(r'\1\3', text)
+    def clean(text):
+        return [_ANY_ID.sub(r'\1\3', t)
+                for t in text] if isinstance(text, list) else _ANY_ID.sub(r'\1\3', text)
     for c in nb.cells:
         c.metadata = {k: v for k, v in c.metadata.items() if k == 'hide_input'}
         if c.cell_type != 'code': continue
@@ -574,8 +654,10 @@ def canonical(nb) -> str:
             for k in data:
                 if k.startswith('text'): data[k] = clean(data[k])
                 if k.startswith('image') and 'svg' not in k: data[k] = data[k].rstrip()
-    if nb.metadata.get('kernelspec', {}).get('name'): nb.metadata.kernelspec.display_name = nb.metadata.kernelspec.name
-    nb.metadata = {k: v for k, v in nb.metadata.items() if k in ('kernelspec', 'jekyll', 'jupytext', 'doc', 'widgets', 'vitbook')}
+    if nb.metadata.get('kernelspec', {}).get('name'):
+        nb.metadata.kernelspec.display_name = nb.metadata.kernelspec.name
+    nb.metadata = {k: v for k, v in nb.metadata.items()
+                   if k in ('kernelspec', 'jekyll', 'jupytext', 'doc', 'widgets', 'vitbook')}
     nb.nbformat_minor = max(nb.nbformat_minor, 5)
     return json.dumps(split_lines(nb), indent=1, sort_keys=True, ensure_ascii=False) + '\n'
 
@@ -583,21 +665,27 @@ def _stamp(nb, seconds, peak_mb, device):
     "Write the run time into the header table and the metadata: on a CPU what the kernel computed, since a run among others takes longer."
     where = {'cpu': 'one CPU core', 'cuda': 'one CUDA GPU', 'mps': 'one Apple GPU'}[device]
     for c in [c for c in nb.cells if c.cell_type == 'markdown'][:4]:
-        new = re.sub(r'^\| *run time *\|[^|\n]*\|', f'| run time | {_seconds(seconds)} on {where} |', c.source, count=1, flags=re.M)
+        new = re.sub(
+            r'^\| *run time *\|[^|\n]*\|', f'| run time | {_seconds(seconds)} on {where} |',
+            c.source, count=1, flags=re.M)
         if new != c.source:
             c.source = new
             break
-    nb.metadata['vitbook'] = {'seconds': round(seconds, 1), 'peak_mb': round(peak_mb) if peak_mb else None}
+    nb.metadata['vitbook'] = {'seconds': round(seconds, 1),
+                              'peak_mb': round(peak_mb) if peak_mb else None}
 
 # %% ../nbs/00_foundations/14_running_the_book.ipynb #2b21948a
 def check_device(device: str) -> str:
     "The device a run will use ('auto' chooses); BookError when it is not there."
-    if device not in ('cpu', 'cuda', 'mps', 'auto'): raise BookError(f'device {device!r} is not one of cpu, cuda, mps, auto')
+    if device not in ('cpu', 'cuda', 'mps', 'auto'):
+        raise BookError(f'device {device!r} is not one of cpu, cuda, mps, auto')
     if device == 'cpu': return device
     import torch
     there = ['cuda'] * torch.cuda.is_available() + ['mps'] * torch.backends.mps.is_available() + ['cpu']
     if device == 'auto': return there[0]
-    if device not in there: raise BookError(f'device {device!r} is not there: this machine and this PyTorch ({torch.__version__}) offer {", ".join(there)}')
+    if device not in there:
+        raise BookError(f'device {device!r} is not there: this machine and this PyTorch '
+                        f'({torch.__version__}) offer {", ".join(there)}')
     return device
 
 @functools.lru_cache(1)
@@ -612,10 +700,12 @@ def _own_tests(root, chapter):
 
 class Run:
     "One run of the book: what to run, with what, and where the pages go."
-    def __init__(self, root: Path, out: Path, *, jobs: int = 1, device: str = 'cpu', fresh: bool = False, inplace: bool = False,
+    def __init__(self, root: Path, out: Path, *, jobs: int = 1, device: str = 'cpu',
+                 fresh: bool = False, inplace: bool = False,
                  timeout: int | float = 900, slow: bool = False, tests: bool = True, display=None):
         self.slow, self.tests = slow, tests
-        self.root, self.out, self.jobs, self.device, self.fresh, self.inplace = root, out, jobs, device, fresh, inplace
+        self.root, self.out, self.jobs = root, out, jobs
+        self.device, self.fresh, self.inplace = device, fresh, inplace
         self.timeout, self.display = timeout, display or _Silent()
         self.records = root/'data'/'scoreboard' if inplace else out/'records'
         self.stopping = False
@@ -633,10 +723,12 @@ class Run:
     def unchanged(self, chapter: Chapter, nb: dict, ran: bool = True) -> bool:
         "Is there a page that a run of this notebook (or, with `ran=False`, its saved outputs) would make again?"
         s = self.state(chapter)
-        if s.get('status') not in (('ran',) if ran else ('ran', 'elsewhere')) or s.get('maker') != _maker(): return False
+        if s.get('status') not in (('ran',) if ran else ('ran', 'elsewhere')) or s.get('maker') != _maker():
+            return False
         if not (self.out/chapter.page).is_file(): return False
         saved = outputs_hash(nb) if self.inplace or s['status'] == 'elsewhere' else None
-        return not lock.why_stale(self.root, s.get('entry'), source_hash(nb, self.device), saved, self.records)
+        return not lock.why_stale(self.root, s.get('entry'), source_hash(nb, self.device), saved,
+                                  self.records)
 
     def beside(self, chapter: Chapter) -> tuple[Chapter | None, Chapter | None]:
         "The chapters before and after this one."
@@ -647,14 +739,18 @@ class Run:
     def locked(self, chapter: Chapter, nb: dict) -> str:
         "Why the committed lock does not vouch for the notebook's saved outputs; '' if it does."
         if self.device != 'cpu': return 'the lock is about runs on a CPU'
-        return lock.why_stale(self.root, self.lock.get(chapter.label), source_hash(nb), outputs_hash(nb))
+        return lock.why_stale(self.root, self.lock.get(chapter.label), source_hash(nb),
+                              outputs_hash(nb))
 
     async def chapter(self, chapter: Chapter) -> Result:
         "Run one chapter unless nothing changed, and write its page."
         import nbformat
         raw = chapter.path.read_bytes()
         try: nb = nbformat.reads(raw.decode('utf-8'), as_version=4)
-        except Exception as e: return self.fail(Result(chapter, 'failed', error=f'{chapter.path.name} is not a notebook ({type(e).__name__})', detail=str(e)))
+        except Exception as e:
+            return self.fail(Result(
+                chapter, 'failed',
+                error=f'{chapter.path.name} is not a notebook ({type(e).__name__})', detail=str(e)))
         as_saved = json.loads(raw)
         if not (self.fresh or self.slow):
             if self.inplace and not self.locked(chapter, as_saved):
@@ -666,28 +762,42 @@ class Run:
         with tempfile.TemporaryDirectory(prefix=f'vitbook-run-{os.getpid()}-') as folder:
             staged = Path(folder)/'records'
             staged.mkdir()
-            result = await self.execute(chapter, nb, Path(folder), self.records if chapter.slug == 'scoreboard' else staged)
+            result = await self.execute(chapter, nb, Path(folder),
+                                        self.records if chapter.slug == 'scoreboard' else staged)
             if not result.good: return self.fail(result)
-            if not self.slow: _stamp(nb, result.cpu_seconds if self.device == 'cpu' and result.cpu_seconds else result.seconds, result.peak_mb, self.device)     # the header gives the time of an ordinary run
+            # the header gives the time of an ordinary run
+            if not self.slow:
+                _stamp(nb,
+                       result.cpu_seconds if self.device == 'cpu' and result.cpu_seconds else result.seconds,
+                       result.peak_mb, self.device)
             try: page = await asyncio.to_thread(make_page, nb, chapter, *self.beside(chapter))
-            except Exception as e: return self.fail(Result(chapter, 'failed', result.seconds, result.peak_mb, f'{e}', f'{type(e).__name__}: {e}'))
+            except Exception as e:
+                return self.fail(Result(chapter, 'failed', result.seconds, result.peak_mb, f'{e}',
+                                        f'{type(e).__name__}: {e}'))
             records = []
             for p in sorted(staged.glob('*.json')):
                 write_whole(self.records/p.name, p.read_text(encoding='utf-8'))
                 records.append(p.name)
-            for name in {*self.state(chapter).get('records', ())} - {*records}: (self.records/name).unlink(missing_ok=True)     # it records nothing any more
-            for p in sorted((staged/'long').glob('*.json')): write_whole(self.records/'long'/p.name, p.read_text(encoding='utf-8'))
+            # it records nothing any more
+            for name in {*self.state(chapter).get('records', ())} - {*records}:
+                (self.records/name).unlink(missing_ok=True)
+            for p in sorted((staged/'long').glob('*.json')):
+                write_whole(self.records/'long'/p.name, p.read_text(encoding='utf-8'))
             if self.inplace:
                 if chapter.path.read_bytes() != raw:
                     edited = 'the notebook was edited while it ran, so its outputs were not written'
-                    return self.fail(Result(chapter, 'failed', result.seconds, result.peak_mb, edited))
+                    return self.fail(Result(
+                        chapter, 'failed', result.seconds, result.peak_mb, edited))
                 from vitbook.see import slim
                 as_saved = json.loads(text := canonical(await asyncio.to_thread(slim, nb)))
                 write_whole(chapter.path, text)
             trace = lock.read_trace(Path(folder)/'trace'/'trace', self.root, self.records)
-        kept = [*records, *(f'long/{name}' for name in [f'{chapter.slug}.json'] if (self.records/'long'/name).is_file())]
-        hashes = {name: lock.use_hash(self.root, f'{lock.SCOREBOARD}/{name}', 'r', self.records) for name in kept}
-        entry = lock.make_entry(self.root, trace, source_hash(as_saved, self.device), outputs_hash(as_saved), hashes, lock.processor(), self.records)
+        kept = [*records, *(f'long/{name}' for name in [f'{chapter.slug}.json']
+                            if (self.records/'long'/name).is_file())]
+        hashes = {name: lock.use_hash(self.root, f'{lock.SCOREBOARD}/{name}', 'r', self.records)
+                  for name in kept}
+        entry = lock.make_entry(self.root, trace, source_hash(as_saved, self.device),
+                                outputs_hash(as_saved), hashes, lock.processor(), self.records)
         write_whole(self.out/chapter.page, page)
         self.remember(result, records=records, entry=entry)
         return await self.vouch(result, entry) if self.inplace and self.device == 'cpu' else result
@@ -695,13 +805,20 @@ class Run:
     async def show_saved(self, chapter: Chapter, nb: dict, status: str) -> Result:
         "A page of the outputs that the notebook holds, where there is none yet."
         entry = self.lock[chapter.label]
-        result = Result(chapter, status, nb['metadata'].get('vitbook', {}).get('seconds'), nb['metadata'].get('vitbook', {}).get('peak_mb'), where=entry['where'])
+        result = Result(chapter, status, nb['metadata'].get('vitbook', {}).get('seconds'),
+                        nb['metadata'].get('vitbook', {}).get('peak_mb'), where=entry['where'])
         if self.unchanged(chapter, nb, ran=False): return result
         import nbformat
-        try: page = await asyncio.to_thread(make_page, nbformat.reads(json.dumps(nb), as_version=4), chapter, *self.beside(chapter))
-        except Exception as e: return self.fail(Result(chapter, 'failed', error=f'{e}', detail=f'{type(e).__name__}: {e}'))
+        try:
+            page = await asyncio.to_thread(make_page, nbformat.reads(json.dumps(nb), as_version=4),
+                                           chapter, *self.beside(chapter))
+        except Exception as e:
+            return self.fail(Result(chapter, 'failed', error=f'{e}',
+                                    detail=f'{type(e).__name__}: {e}'))
         write_whole(self.out/chapter.page, page)
-        self.remember(Result(chapter, 'elsewhere', result.seconds, result.peak_mb, where=result.where), entry=entry)
+        self.remember(
+            Result(chapter, 'elsewhere', result.seconds, result.peak_mb, where=result.where),
+            entry=entry)
         return result
 
     async def vouch(self, result: Result, entry: dict) -> Result:
@@ -712,21 +829,29 @@ class Run:
             entry = dict(tests=self.lock.get(label, {}).get('tests')) | entry
             if lock.why_stale_tests(self.root, entry):
                 failed, opened = await self.prove(result.chapter, paths)
-                if failed: return self.fail(Result(result.chapter, 'failed', result.seconds, result.peak_mb, 'its tests fail: nothing is written into the lock', failed))
+                if failed:
+                    return self.fail(Result(
+                        result.chapter, 'failed', result.seconds, result.peak_mb,
+                        'its tests fail: nothing is written into the lock', failed))
                 entry = entry | dict(tests=opened)
         entries = lock.read_lock(self.root) | {label: entry}
         text = lock.lock_text({k: v for k, v in entries.items() if k in there})
-        if entries != self.lock or not (self.root/lock.LOCK).is_file(): write_whole(self.root/lock.LOCK, text)
+        if entries != self.lock or not (self.root/lock.LOCK).is_file():
+            write_whole(self.root/lock.LOCK, text)
         self.lock = entries
         return result
 
     async def prove(self, chapter: Chapter, paths: list[str]) -> tuple[str, dict]:
         "Run the chapter's own tests: what they said if they failed, and what they opened."
         with tempfile.TemporaryDirectory(prefix=f'vitbook-run-{os.getpid()}-') as folder:
-            words = [sys.executable, '-m', 'pytest', '-c', 'tests/pytest.ini', '--rootdir=.', '-q', '-n0', '-p', 'no:cacheprovider', '--chapter', chapter.slug, *paths]
+            words = [sys.executable, '-m', 'pytest', '-c', 'tests/pytest.ini', '--rootdir=.', '-q',
+                     '-n0', '-p', 'no:cacheprovider', '--chapter', chapter.slug, *paths]
             environment = _environment(self.root, self.device, Path(folder)/'records', Path(folder))
-            environment = {k: v for k, v in environment.items() if k not in ('VITBOOK_RUN', 'VITBOOK_RECORDS')}
-            process = await asyncio.create_subprocess_exec(*words, cwd=self.root, env=environment, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT)
+            environment = {k: v for k, v in environment.items()
+                           if k not in ('VITBOOK_RUN', 'VITBOOK_RECORDS')}
+            process = await asyncio.create_subprocess_exec(*words, cwd=self.root, env=environment,
+                                                           stdout=asyncio.subprocess.PIPE,
+                                                           stderr=asyncio.subprocess.STDOUT)
             try: said, _ = await process.communicate()
             except BaseException:
                 with contextlib.suppress(ProcessLookupError): process.kill()
@@ -736,7 +861,9 @@ class Run:
 
     def remember(self, r: Result, **more):
         "Writes down how a run ended; `more` is kept beside it."
-        state = dict(status=r.status, seconds=r.seconds, cpu_seconds=r.cpu_seconds, peak_mb=r.peak_mb, error=r.error, page=r.chapter.page, where=r.where, maker=_maker(), **more)
+        state = dict(status=r.status, seconds=r.seconds, cpu_seconds=r.cpu_seconds,
+                     peak_mb=r.peak_mb, error=r.error, page=r.chapter.page, where=r.where,
+                     maker=_maker(), **more)
         write_whole(self.state_file(r.chapter), json.dumps(state, indent=1))
 
     def fail(self, r: Result) -> Result:
@@ -752,7 +879,8 @@ class Run:
         todo = [i for i, c in enumerate(nb.cells) if c.cell_type == 'code' and c.source.strip() and not _skipped(c.source, self.device, self.slow)]
         self.display.start(chapter, len(todo))
         km = _kernel(folder)
-        client = NotebookClient(nb, km=km, timeout=None, coalesce_streams=True, shutdown_kernel='immediate', startup_timeout=120)
+        client = NotebookClient(nb, km=km, timeout=None, coalesce_streams=True,
+                                shutdown_kernel='immediate', startup_timeout=120)
         client.log.setLevel('CRITICAL')
         began, overtime, cell, peak = time.perf_counter(), [], None, None
         def late():
@@ -760,7 +888,8 @@ class Run:
             self._kill(km)
         timer = asyncio.get_running_loop().call_later(self.timeout, late)
         try:
-            await client.async_start_new_kernel(cwd=str(self.root), env=_environment(self.root, self.device, records, folder))
+            await client.async_start_new_kernel(
+                cwd=str(self.root), env=_environment(self.root, self.device, records, folder))
             pid = km.provisioner.pid
             await client.async_start_new_kernel_client()
             _ask_again(client.kc.shell_channel)
@@ -768,35 +897,46 @@ class Run:
                 cell = nb.cells[i]
                 await client.async_execute_cell(cell, i, execution_count=n)
                 self.display.step(chapter)
-            seconds, cpu, peak = time.perf_counter() - began, _cpu_seconds(pid), _peak_mb(pid) or await self._ask_peak(client)
+            seconds, cpu = time.perf_counter() - began, _cpu_seconds(pid)
+            peak = _peak_mb(pid) or await self._ask_peak(client)
             _freeze_widgets(nb, client)
-            nb.metadata.setdefault('language_info', {'name': 'python', 'pygments_lexer': 'ipython3'})
-            return Result(chapter, 'ran', round(seconds, 2), peak and round(peak, 1), cpu_seconds=cpu)
+            nb.metadata.setdefault('language_info',
+                                   {'name': 'python', 'pygments_lexer': 'ipython3'})
+            return Result(chapter, 'ran', round(seconds, 2), peak and round(peak, 1),
+                          cpu_seconds=cpu)
         except CellExecutionError as e:
             error = f'{e.ename}: {e.evalue}'.split('\n')[0][:300]
-            return Result(chapter, 'failed', round(time.perf_counter() - began, 2), _peak_mb(pid), error, e.traceback, cell.source)
+            return Result(chapter, 'failed', round(time.perf_counter() - began, 2), _peak_mb(pid),
+                          error, e.traceback, cell.source)
         except (DeadKernelError, RuntimeError) as e:
             if self.stopping: raise _Stopped from e
             if overtime: status, error = 'over time', f'stopped after {self.timeout:g} s'
-            else: status, error = 'failed', 'the kernel died (killed for memory, or a crash in compiled code)'
-            return Result(chapter, status, round(time.perf_counter() - began, 2), peak, error, f'{error}\n{e}', cell.source if cell else '')
+            else:
+                status, error = 'failed', 'the kernel died (killed for memory, or a crash in compiled code)'
+            return Result(chapter, status, round(time.perf_counter() - began, 2), peak, error,
+                          f'{error}\n{e}', cell.source if cell else '')
         finally:
             timer.cancel()
             with contextlib.suppress(Exception): await client._async_cleanup_kernel()
 
     def _kill(self, km):
-        with contextlib.suppress(ProcessLookupError, AttributeError, TypeError): os.killpg(km.provisioner.pgid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError, AttributeError, TypeError):
+            os.killpg(km.provisioner.pgid, signal.SIGKILL)
 
     async def _ask_peak(self, client):
         "ru_maxrss of the kernel, by an execution that no cell shows: kilobytes on Linux, bytes on macOS."
         if sys.platform == 'win32': return None
-        ask = client.kc.execute('', silent=True, store_history=False, user_expressions={'m': "__import__('resource').getrusage(0).ru_maxrss"})
+        ask = client.kc.execute(
+            '', silent=True, store_history=False,
+            user_expressions={'m': "__import__('resource').getrusage(0).ru_maxrss"})
         reply = await client.async_wait_for_reply(ask)
         m = reply['content']['user_expressions']['m']['data']['text/plain']
         return int(m) / (2**20 if sys.platform == 'darwin' else 2**10)
 
     async def all(self, chapters: list[Chapter]) -> list[Result]:
-        "Pages of what is saved first, so that the index is whole; then run `chapters`, `jobs` at a time, and what reads the others' results after all others."
+        """Pages of what is saved first, so that the index is whole.
+
+        Then run `chapters`, `jobs` at a time, and what reads the others' results after all others."""
         gate, results = asyncio.Semaphore(self.jobs), {}
         whole = len(chapters) == len(self.book)
         if whole and not (self.fresh or self.inplace): await self.show_all_saved()
@@ -817,7 +957,7 @@ class Run:
                     self.stopping = True
                     for t in tasks: t.cancel()
                     await asyncio.gather(*tasks, return_exceptions=True)
-        if not whole and not self.inplace: await self.show_all_saved()            # what the pages lead to
+        if not whole and not self.inplace: await self.show_all_saved()  # what the pages lead to
         return [results[c] for c in chapters]
 
     async def show_all_saved(self):
@@ -826,13 +966,17 @@ class Run:
             try: nb = json.loads(c.path.read_bytes())
             except ValueError: continue
             if self.stopping: raise _Stopped
-            if not self.unchanged(c, nb, ran=False) and not self.locked(c, nb): await self.show_saved(c, nb, 'elsewhere')
+            if not self.unchanged(c, nb, ran=False) and not self.locked(c, nb):
+                await self.show_saved(c, nb, 'elsewhere')
         self.write_index()
 
     def start(self, chapters: list[Chapter]) -> list[Result]:
-        "Run the chapters from the beginning to the table; KeyboardInterrupt when stopped by SIGINT or SIGTERM."
+        """Run the chapters from the beginning to the table.
+
+        KeyboardInterrupt when stopped by SIGINT or SIGTERM."""
         for folder in (self.out, self.records): folder.mkdir(parents=True, exist_ok=True)
-        self.lock, self.book = lock.read_lock(self.root), [(c, c.facts()) for c in find_chapters(self.root)]
+        self.lock = lock.read_lock(self.root)
+        self.book = [(c, c.facts()) for c in find_chapters(self.root)]
         async def main():
             task, loop = asyncio.current_task(), asyncio.get_running_loop()
             def stop():
@@ -858,8 +1002,10 @@ class Run:
             status = s.get('status', 'not run yet')
             kind = {'ran': 'ran', 'not run yet': 'dim', 'elsewhere': 'dim'}.get(status, 'failed')
             if status == 'ran': status = 'ran here'
-            if status == 'elsewhere': status = f'saved outputs, of a run on {s.get("where") or "another machine"}'
-            numbers = [_seconds(s['seconds']) if s.get('seconds') is not None else '', f'{s["peak_mb"]:.0f} MB' if s.get('peak_mb') else '']
+            if status == 'elsewhere':
+                status = f'saved outputs, of a run on {s.get("where") or "another machine"}'
+            numbers = [_seconds(s['seconds']) if s.get('seconds') is not None else '',
+                       f'{s["peak_mb"]:.0f} MB' if s.get('peak_mb') else '']
             note = html.escape(s.get('error') or facts['blurb'])
             numbers = ''.join(f'<td class="n">{n}</td>' for n in numbers)
             rows.append(f'<tr><td>{title}<br><span class="dim">{note}</span></td><td class="{kind}">{html.escape(status)}</td>{numbers}</tr>')
@@ -881,23 +1027,30 @@ def run_book(
     tests: bool = True,                   # with `inplace`: run a chapter's own tests too, and then vouch for it in the lock
     show: bool = True,                    # progress while it runs
 ) -> list[Result]:
-    "Run chapters of the book in fresh kernels and write their pages; BookError for what the caller can put right."
+    """Run chapters of the book in fresh kernels and write their pages.
+
+    BookError for what the caller can put right."""
     need_book()
     root = find_root(root)
     chapters = choose(find_chapters(root), names)
     device = check_device(device)
     if jobs is not None and jobs < 1: raise BookError(f'jobs is {jobs}, it must be at least 1')
     if not timeout > 0: raise BookError(f'timeout is {timeout}, it must be more than 0 seconds')
-    if inplace and tests and device == 'cpu' and any(_own_tests(root, c) for c in chapters) and importlib.util.find_spec('pytest') is None:
-        raise BookError("a run in place proves a chapter's tests too, which needs pytest: pip install 'vitbook[dev]' (or say --no-tests, and the lock is not written)")
+    if inplace and tests and device == 'cpu' and any(
+        _own_tests(root, c) for c in chapters) and importlib.util.find_spec('pytest') is None:
+        raise BookError("a run in place proves a chapter's tests too, which needs pytest: pip "
+                        "install 'vitbook[dev]' (or say --no-tests, and the lock is not written)")
     out = Path(out).resolve() if out else root/'_book'
-    write_whole(out/'.state'/'version', '1\n')              # also finds out now whether the folder can be written
+    # also finds out now whether the folder can be written
+    write_whole(out/'.state'/'version', '1\n')
     _sweep(out)
     display = (_Bars() if sys.stdout.isatty() else _Lines()) if show else _Silent()
-    run = Run(root, out, jobs=jobs or min(2, os.cpu_count() or 1), device=device, fresh=fresh, inplace=inplace, timeout=timeout * (8 if slow else 1), slow=slow, tests=tests, display=display)
+    run = Run(root, out, jobs=jobs or min(2, os.cpu_count() or 1), device=device, fresh=fresh,
+              inplace=inplace, timeout=timeout * (8 if slow else 1), slow=slow, tests=tests,
+              display=display)
     try: asyncio.get_running_loop()
     except RuntimeError: return run.start(chapters)
-    box = []                                                # called from a notebook, whose loop is running in this thread: take another one
+    box = []  # called from a notebook, whose loop is running in this thread: take another one
     def apart():
         try: box.append(run.start(chapters))
         except BaseException as e: box.append(e)
@@ -916,7 +1069,9 @@ def outdated(root: str | Path | None = None, # the checkout; default: the one ar
     found = {}
     for c in find_chapters(root):
         nb = json.loads(c.path.read_bytes())
-        if not run.unchanged(c, nb): found[c.slug] = lock.why_stale(root, run.state(c).get('entry'), source_hash(nb), None, run.records) or 'its page is not there'
+        if not run.unchanged(c, nb):
+            found[c.slug] = lock.why_stale(root, run.state(c).get('entry'), source_hash(nb), None,
+                                           run.records) or 'its page is not there'
     return found
 
 def unvouched(root: str | Path | None = None, # the checkout; default: the one around the working folder

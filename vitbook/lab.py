@@ -168,7 +168,8 @@ def explain(
             source = textwrap.dedent(inspect.getsource(inspect.unwrap(maker)))
         except (OSError, TypeError):
             raise ValueError(f'f must be written in Python, got {f!r}') from None
-        function = next(n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
+        function = next(n for n in ast.walk(ast.parse(source))
+                        if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef))
         lines, body = source.splitlines(), function.body[0]
         end = body.lineno - 1
         one_line = lines[end][:body.col_offset].strip()      # def f(x): return x

@@ -9,7 +9,7 @@ __all__ = ['HOOK', 'LOCK', 'SCOREBOARD', 'trace_environment', 'Trace', 'read_tra
 
 # %% ../nbs/00_foundations/23_lock.ipynb #14b99b8e
 import ast, functools, hashlib, json, os, platform, re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,7 +68,7 @@ if os.environ.get('VITBOOK_TRACE'): watch(os.environ['VITBOOK_TRACE'].split(os.p
 '''
 
 # %% ../nbs/00_foundations/23_lock.ipynb #e1005d7d
-def trace_environment(folder: str | os.PathLike,                  # an empty folder that lives as long as the processes
+def trace_environment(folder: str | os.PathLike, # an empty folder that lives as long as the processes
                       environment: Mapping[str, str] = os.environ,
                      ) -> dict[str, str]:
     "The environment in which Python processes note what they open, in `folder/trace`, each and all they start."
@@ -76,7 +76,8 @@ def trace_environment(folder: str | os.PathLike,                  # an empty fol
     (folder/'hook').mkdir(parents=True, exist_ok=True)
     (folder/'hook'/'sitecustomize.py').write_text(HOOK, encoding='utf-8')
     path = os.pathsep.join([str(folder/'hook'), *filter(None, [environment.get('PYTHONPATH')])])
-    traces = os.pathsep.join([str(folder/'trace'), *filter(None, [environment.get('VITBOOK_TRACE')])])
+    traces = os.pathsep.join([str(folder/'trace'),
+                              *filter(None, [environment.get('VITBOOK_TRACE')])])
     return {**environment, 'VITBOOK_TRACE': traces, 'PYTHONPATH': path}
 
 # %% ../nbs/00_foundations/23_lock.ipynb #c5db7d78
@@ -93,13 +94,17 @@ class Trace(NamedTuple):
     lost: frozenset[str] = frozenset()      # programs that nobody could watch
 
 def _inside(path: str, root: Path, records: Path | None):
-    "The name of a file of the checkout; '' for one that is none of its inputs. Records stand for those that are committed."
+    """The name of a file of the checkout; '' for one that is none of its inputs.
+
+    Records stand for those that are committed."""
     path = Path(os.path.normpath(path))
-    if records and path.is_relative_to(records): return f'{SCOREBOARD}/{path.relative_to(records).as_posix()}'.removesuffix('/.')
+    if records and path.is_relative_to(records):
+        return f'{SCOREBOARD}/{path.relative_to(records).as_posix()}'.removesuffix('/.')
     if not path.is_relative_to(root): return ''
     name = path.relative_to(root)
     parts = [p for p in name.parts if p != '__pycache__']
-    if len(parts) < len(name.parts): parts[-1:] = [re.sub(r'\.[\w-]+(\.opt-\d)?\.pyc$', '.py', p) for p in parts[-1:]]
+    if len(parts) < len(name.parts):
+        parts[-1:] = [re.sub(r'\.[\w-]+(\.opt-\d)?\.pyc$', '.py', p) for p in parts[-1:]]
     ignored = any(p[0] == '.' or p in _LEFT_OUT or p.endswith(('.tmp', '.egg-info')) for p in parts)
     name = '/'.join(parts)
     return '' if ignored or name.startswith('data/downloads') or name == LOCK else name
@@ -117,7 +122,8 @@ def read_trace(path: str | os.PathLike, # what the hook wrote
         if kind in ('code', 'read', 'list'): what = _inside(what, root, records)
         if what and kind in found: found[kind].add(what)
     read = {name for name in found['read'] if not (root/name).is_dir()}
-    return Trace(*map(frozenset, (found['code'] - read, read, found['list'], found['import'], found['lost'])))
+    return Trace(*map(frozenset,
+                      (found['code'] - read, read, found['list'], found['import'], found['lost'])))
 
 # %% ../nbs/00_foundations/23_lock.ipynb #fe79735a
 def digest(*parts: str | bytes) -> str:
@@ -135,7 +141,8 @@ def without_run_time(source: str) -> str:
 def _sources(text):
     try: cells = json.loads(text)['cells']
     except (ValueError, KeyError, TypeError): return digest(text)
-    return digest(*(f"{c.get('cell_type')} {without_run_time(''.join(c.get('source', '')))}" for c in cells))
+    return digest(*(f"{c.get('cell_type')} {without_run_time(''.join(c.get('source', '')))}"
+                    for c in cells))
 
 @functools.lru_cache(4096)
 def _hashed(path: str, kind: str, stamp: tuple) -> str:
@@ -148,19 +155,26 @@ def _hashed(path: str, kind: str, stamp: tuple) -> str:
 
 def use_hash(root: Path, name: str, kind: str, # 'c' imported, 'r' read, 'l' listed
              records: Path | None = None) -> str:
-    "How the file or folder `name` of the checkout looks now, to somebody who uses it so; 'kind:-' if it is not there."
+    """How the file or folder `name` of the checkout looks now, to somebody who uses it so.
+
+    'kind:-' if it is not there."""
     path = Path(root)/name
-    if records and (name + '/').startswith(f'{SCOREBOARD}/'): path = Path(records)/name[len(SCOREBOARD) + 1:]
+    if records and (name + '/').startswith(f'{SCOREBOARD}/'):
+        path = Path(records)/name[len(SCOREBOARD) + 1:]
     try:
-        if kind == 'l': return 'l:' + digest(*sorted(n for n in os.listdir(path) if n[0] != '.' and n not in _LEFT_OUT | {'__pycache__'} and not n.endswith('.egg-info')))
+        if kind == 'l':
+            return 'l:' + digest(*sorted(n for n in os.listdir(path) if n[0] != '.' and n not in _LEFT_OUT | {'__pycache__'} and not n.endswith('.egg-info')))
         stat = path.stat()
         return f'{kind}:' + _hashed(str(path), kind, (stat.st_mtime_ns, stat.st_size))
     except OSError: return f'{kind}:-'
 
 def uses(root: Path, trace: Trace, records: Path | None = None) -> dict[str, str]:
-    "Name -> hash of all that a trace holds. A program that nobody watched may have opened the whole library."
+    """Name -> hash of all that a trace holds.
+
+    A program that nobody watched may have opened the whole library."""
     code = set(trace.code)
-    if trace.lost: code |= {p.relative_to(root).as_posix() for p in Path(root, 'vitbook').rglob('*.py')}
+    if trace.lost:
+        code |= {p.relative_to(root).as_posix() for p in Path(root, 'vitbook').rglob('*.py')}
     kinds = dict.fromkeys(trace.listed, 'l') | dict.fromkeys(code, 'c') | dict.fromkeys(trace.read, 'r')
     return {name: use_hash(root, name, kind, records) for name, kind in sorted(kinds.items())}
 
@@ -174,7 +188,8 @@ def pins(root: Path) -> dict[str, str]:
         pin, _, marker = word.partition(';')
         name, _, version = pin.partition('==')
         least = re.fullmatch(r"python_version(>=|<)'3\.(\d+)'", marker)
-        if least and (int(platform.python_version_tuple()[1]) >= int(least[2])) != (least[1] == '>='): continue
+        if least and (int(platform.python_version_tuple()[1]) >= int(least[2])) != (least[1] == '>='):
+            continue
         found[name] = version
     return found
 
@@ -193,12 +208,18 @@ def processor() -> str:
     text = path.read_text() if path.is_file() else ''
     name = re.search(r'^model name\s*:\s*(.+)$', text, re.M)
     widest = next((w for w in ('avx512f', 'avx2', 'asimd') if re.search(rf'\b{w}\b', text)), '')
-    return ' '.join(filter(None, [name[1] if name else platform.processor() or platform.machine(), widest]))
+    return ' '.join(filter(
+        None, [name[1] if name else platform.processor() or platform.machine(), widest]))
 
 # %% ../nbs/00_foundations/23_lock.ipynb #a883b23f
-def make_entry(root: Path, trace: Trace, source: str, outputs: str, records: Mapping[str, str], where: str, folder: Path | None = None) -> dict[str, Any]:
-    "What is to be remembered of a good run; `folder` holds the records where it is not data/scoreboard."
-    return dict(source=source, opened=uses(root, trace, folder), versions=versions(root, trace.modules), where=where, outputs=outputs, records=dict(records))
+def make_entry(root: Path, trace: Trace, source: str, outputs: str, records: Mapping[str, str],
+               where: str, folder: Path | None = None) -> dict[str, Any]:
+    """What is to be remembered of a good run.
+
+    `folder` holds the records where it is not data/scoreboard."""
+    return dict(source=source, opened=uses(root, trace, folder),
+                versions=versions(root, trace.modules), where=where, outputs=outputs,
+                records=dict(records))
 
 def why_stale(root: Path,
               entry: Mapping[str, Any] | None,
@@ -209,11 +230,14 @@ def why_stale(root: Path,
     "Why what was saved does not belong to what is there, in a few words; '' if it does."
     if not entry: return 'it has no entry'
     if entry['source'] != source: return 'its cells changed'
-    if outputs is not None and entry['outputs'] != outputs: return 'its saved outputs are not those of the run'
+    if outputs is not None and entry['outputs'] != outputs:
+        return 'its saved outputs are not those of the run'
     for name, was in entry['opened'].items():
-        if use_hash(root, name, was[0], records) != was: return f'{name} changed' if was[2:] != '-' else f'{name} came into being'
+        if use_hash(root, name, was[0], records) != was:
+            return f'{name} changed' if was[2:] != '-' else f'{name} came into being'
     for name, was in entry['records'].items():
-        if use_hash(root, f'{SCOREBOARD}/{name}', 'r', records) != was: return f'its record {name} changed'
+        if use_hash(root, f'{SCOREBOARD}/{name}', 'r', records) != was:
+            return f'its record {name} changed'
     for name, was in entry['versions'].items():
         try: is_now = metadata.version(name).partition('+')[0]
         except metadata.PackageNotFoundError: is_now = 'missing'
@@ -221,21 +245,29 @@ def why_stale(root: Path,
     return ''
 
 def why_stale_tests(root: Path, entry: Mapping[str, Any] | None) -> str:
-    "Why a chapter's own tests have to run, in a few words; '' if all they opened is as it was when they passed."
+    """Why a chapter's own tests have to run, in a few words.
+
+    '' if all they opened is as it was when they passed."""
     if not entry or not entry.get('tests'): return 'they have no entry'
-    return next((f'{name} changed' for name, was in entry['tests'].items() if use_hash(root, name, was[0]) != was), '')
+    return next((f'{name} changed' for name, was in entry['tests'].items()
+                 if use_hash(root, name, was[0]) != was), '')
 
 # %% ../nbs/00_foundations/23_lock.ipynb #082f8274
 def read_lock(root: Path) -> dict[str, dict]:
-    "Label of the notebook -> entry; nothing where there is no lock. ValueError if the file is damaged."
+    """Label of the notebook -> entry; nothing where there is no lock.
+
+    ValueError if the file is damaged."""
     try: text = Path(root, LOCK).read_text(encoding='utf-8')
     except FileNotFoundError: return {}
     try: return {k: v for k, v in json.loads(text).items() if k}
-    except (ValueError, AttributeError) as e: raise ValueError(f'{LOCK} is damaged ({e}): `vitbook run --inplace` writes it anew once it is removed') from None
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f'{LOCK} is damaged ({e}): `vitbook run --inplace` writes it '
+                         'anew once it is removed') from None
 
 def lock_text(entries: Mapping[str, Mapping]) -> str:
     "The file that `read_lock` reads."
-    lines = [f'{json.dumps(label)}: {json.dumps(entries[label], sort_keys=True)},' for label in sorted(entries)]
+    lines = [f'{json.dumps(label)}: {json.dumps(entries[label], sort_keys=True)},'
+             for label in sorted(entries)]
     return '\n'.join(['{', *lines, '"": {}', '}', ''])
 
 # %% ../nbs/00_foundations/23_lock.ipynb #a1a59805

@@ -30,7 +30,8 @@ def eval_mode(model: Any,   # a module; anything else goes through as it is
              ) -> Iterator[Any]:
     """`with eval_mode(model): …` in eval mode; afterwards, also after an error, as it was.
 
-    Each module gets back the mode that it had itself: a frozen batch norm inside a model that trains stays frozen."""
+    Each module gets back the mode that it had itself: a frozen batch norm inside a model that
+    trains stays frozen."""
     modes = [(m, m.training) for m in model.modules()] if isinstance(model, nn.Module) else []
     try:
         if modes: model.eval()
@@ -78,8 +79,10 @@ def latency(fns: Mapping[str, Callable[[], Any]],
         repeats[name] = max(1, math.ceil(min_time / max(_once(fn, 1), 1e-7)))
     seen, names = {name: [] for name in fns}, list(fns)
     for r in range(rounds):
-        for name in names[r % len(names):] + names[:r % len(names)]: seen[name].append(_once(fns[name], repeats[name]))
-    return {name: Timing(*(float(np.quantile(t, q)) for q in (.5, .25, .75))) for name, t in seen.items()}
+        for name in names[r % len(names):] + names[:r % len(names)]:
+            seen[name].append(_once(fns[name], repeats[name]))
+    return {name: Timing(*(float(np.quantile(t, q)) for q in (.5, .25, .75)))
+            for name, t in seen.items()}
 
 # %% ../nbs/00_foundations/13_measuring.ipynb #589dc213
 class _quiet:
@@ -103,13 +106,15 @@ def peak_memory(fn: Callable[[], Any],
         fn()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    seen = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    seen = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU],
+                                  profile_memory=True)
     with _quiet():
         seen.start()
         try: kept = fn()
         finally: seen.stop()
     now = peak = 0
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == '[memory]' and e.device_type() == torch.autograd.DeviceType.CPU]
+    events = [e for e in seen.profiler.kineto_results.events()
+              if e.name() == '[memory]' and e.device_type() == torch.autograd.DeviceType.CPU]
     for e in sorted(events, key=lambda e: e.start_ns()):
         now += e.nbytes()
         peak = max(peak, now)
@@ -119,7 +124,9 @@ def peak_memory(fn: Callable[[], Any],
 # %% ../nbs/00_foundations/13_measuring.ipynb #8f9b3b24
 def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
     "Exponent p of values ~ sizes**p: the least-squares slope in log-log."
-    if len(sizes) < 2 or min(values) <= 0: raise ValueError(f'a slope needs two sizes or more and positive values, got sizes {list(sizes)}, values {list(values)}')
+    if len(sizes) < 2 or min(values) <= 0:
+        raise ValueError('a slope needs two sizes or more and positive values, got sizes '
+                         f'{list(sizes)}, values {list(values)}')
     return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
 
 def growth(fn_of_n: Callable[[int], Callable[[], Any]], # n -> a call to be measured; making its inputs is not measured
@@ -127,7 +134,8 @@ def growth(fn_of_n: Callable[[int], Callable[[], Any]], # n -> a call to be meas
            what: str = 'time',                          # 'time' or 'memory'
            rounds: int = 5) -> float:
     "How time or peak memory grows with n: the exponent p of n**p."
-    if what not in ('time', 'memory'): raise ValueError(f"what must be 'time' or 'memory', got {what!r}")
+    if what not in ('time', 'memory'):
+        raise ValueError(f"what must be 'time' or 'memory', got {what!r}")
     calls = {str(n): fn_of_n(n) for n in sizes}
     if what == 'memory': return slope(sizes, [peak_memory(c) for c in calls.values()])
     timed = latency(calls, rounds)
@@ -175,17 +183,23 @@ class Comparison(NamedTuple):
         with_memory = all(r['memory'] for r in self.rows)
         sizes = list(dict.fromkeys(r['n'] for r in self.rows))
         fig, axes = see.figure(1, 1 + with_memory, squeeze=False, height=2.9)
-        for ax, what, factor, label in zip(axes[0], ('median', 'memory'), (1e3, 2**-20), ('time (ms)', 'peak memory (MiB)')):
+        for ax, what, factor, label in zip(axes[0], ('median', 'memory'), (1e3, 2**-20),
+                                           ('time (ms)', 'peak memory (MiB)')):
             p = self.exponents(what) if len(set(r['n'] for r in self.rows)) > 1 else {}
             for w in self.ways():
                 n, y = self.of(w, 'n'), np.array(self.of(w, what)) * factor
-                line, = ax.plot(n, y, marker='o', markersize=4, label=w + (f'  ~ n^{p[w]:.2f}' if p else ''))
-                if what == 'median': ax.fill_between(n, np.array(self.of(w, 'low')) * factor, np.array(self.of(w, 'high')) * factor, color=line.get_color(), alpha=.18, linewidth=0)
+                line, = ax.plot(n, y, marker='o', markersize=4,
+                                label=w + (f'  ~ n^{p[w]:.2f}' if p else ''))
+                if what == 'median':
+                    ax.fill_between(n, np.array(self.of(w, 'low')) * factor,
+                                    np.array(self.of(w, 'high')) * factor, color=line.get_color(),
+                                    alpha=.18, linewidth=0)
             ax.set(xscale='log', yscale='log', xlabel=xlabel, ylabel=label)
             ax.set_xticks(sizes, [f'{x:,}' for x in sizes])
             ax.set_xticks([], minor=True)
             low, high = ax.get_ylim()
-            ax.set_ylim(low, low * (high / low) ** (1 / (1 - min(.06 * len(self.ways()), .5))))      # room for the legend above the curves
+            # room for the legend above the curves
+            ax.set_ylim(low, low * (high / low) ** (1 / (1 - min(.06 * len(self.ways()), .5))))
             ax.legend(loc='upper left')
         if title: fig.suptitle(title, fontsize=10, fontweight='bold', x=.01, ha='left')
         return fig
@@ -202,7 +216,8 @@ def compare(ways: Mapping[str, Callable[[int], Callable[[], Any]]], # name -> (n
     for n in sizes:
         calls = {w: make(n) for w, make in ways.items()}
         for w, t in latency(calls, rounds).items():
-            rows.append(dict(way=w, n=n, **t._asdict(), memory=peak_memory(calls[w], device) if memory else None))
+            rows.append(dict(way=w, n=n, **t._asdict(),
+                             memory=peak_memory(calls[w], device) if memory else None))
     return Comparison(rows, torch.get_num_threads(), device)
 
 # %% ../nbs/00_foundations/13_measuring.ipynb #b1a90c22
@@ -243,19 +258,27 @@ def record(chapter: str,              # slug
            timed: bool = False,       # a clock measured it: a ratio of times, say. No fresh run is held to it, nor to whether it held
            note: str = '',
            long: bool = False) -> dict: # of a `#| slow` cell: kept in a file of its own, since an ordinary run leaves the cell out
-    "A line of the scoreboard. Written to $VITBOOK_RECORDS (set by `vitbook run`), one file a chapter, in the folder `long` for longer runs; elsewhere only returned."
-    ours = ours if isinstance(ours, int) and not isinstance(ours, bool) else float(f'{float(ours):.6g}')   # a count stays as it is
+    """A line of the scoreboard.
+
+    Written to $VITBOOK_RECORDS (set by `vitbook run`), one file a chapter, in the folder `long` for
+    longer runs; elsewhere only returned."""
+    # a count stays as it is
+    ours = ours if isinstance(ours, int) and not isinstance(ours, bool) else float(f'{float(ours):.6g}')
     if timed == (rtol is not None or atol is not None): raise ValueError(f'record needs a tolerance, rtol or atol, or else timed=True; got rtol={rtol}, atol={atol}, timed={timed}')
     if not math.isfinite(ours): raise ValueError(f'ours must be finite, got {ours}')
-    line = dict(chapter=chapter, claim=claim, paper=paper, ours=ours, unit=unit, holds=bool(holds), rtol=rtol, atol=atol, timed=bool(timed), note=note)
+    line = dict(chapter=chapter, claim=claim, paper=paper, ours=ours, unit=unit, holds=bool(holds),
+                rtol=rtol, atol=atol, timed=bool(timed), note=note)
     lines = _recorded.setdefault((chapter, long), [])
     lines[:] = [l for l in lines if l['claim'] != claim] + [line]
     if folder := os.environ.get('VITBOOK_RECORDS'):
-        write_atomically(Path(folder, *['long'] * long)/f'{chapter}.json', json.dumps(lines, indent=1, ensure_ascii=False) + '\n')
+        write_atomically(Path(folder, *['long'] * long)/f'{chapter}.json',
+                         json.dumps(lines, indent=1, ensure_ascii=False) + '\n')
     return line
 
 # %% ../nbs/00_foundations/13_measuring.ipynb #27923747
 def agrees(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    "Whether a fresh record gives an old one again, within the tolerance that the old one states. What a clock measured need not come out again."
+    """Whether a fresh record gives an old one again, within the tolerance that the old one states.
+
+    What a clock measured need not come out again."""
     if old['timed'] or new['timed']: return old['timed'] == new['timed']
     return old['holds'] == new['holds'] and abs(old['ours'] - new['ours']) <= (old['atol'] or 0) + (old['rtol'] or 0) * abs(old['ours'])

@@ -7,7 +7,7 @@ __all__ = ['seed_everything', 'batches', 'lr_factor', 'NonFiniteLoss', 'Checkpoi
            'History', 'Moment', 'cross_entropy', 'accuracy', 'decay_groups', 'fit']
 
 # %% ../nbs/00_foundations/11_training.ipynb #c417bcc4
-import hashlib, itertools, json, math, os, random
+import hashlib, json, math, os, random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from .measure import eval_mode, whole_file
-from .registry import load_weights
+from .weights import load_weights
 
 # %% ../nbs/00_foundations/11_training.ipynb #8ae2a1bd
 def seed_everything(seed: int):
@@ -30,9 +30,12 @@ def seed_everything(seed: int):
 
 # %% ../nbs/00_foundations/11_training.ipynb #b3bbf727
 class batches:
-    """Endless shuffled batches of tensors that share their first axis. Step i's batch depends on (seed, i) alone, so a resumed run sees what it would have seen.
+    """Endless shuffled batches of tensors that share their first axis.
 
-    A last batch that would be smaller is left out. ValueError if lengths differ or there are fewer samples than one batch needs."""
+    Step i's batch depends on (seed, i) alone, so a resumed run sees what it would have seen.
+
+    A last batch that would be smaller is left out. ValueError if lengths differ or there are fewer
+    samples than one batch needs."""
     def __init__(self,
                  *tensors: Tensor | np.ndarray,
                  batch_size: int,     # of one process
@@ -40,8 +43,10 @@ class batches:
                  transform: Callable[..., tuple] | None = None): # applied to the batch's tensors: augmentation
         tensors = tuple(torch.as_tensor(t) if isinstance(t, np.ndarray) else t for t in tensors)
         sizes = [len(t) for t in tensors]
-        if not tensors or len(set(sizes)) > 1: raise ValueError(f'tensors must share their first axis, got lengths {sizes}')
-        if not 0 < batch_size <= sizes[0]: raise ValueError(f'batch_size must lie in 1 … {sizes[0]} samples, got {batch_size}')
+        if not tensors or len(set(sizes)) > 1:
+            raise ValueError(f'tensors must share their first axis, got lengths {sizes}')
+        if not 0 < batch_size <= sizes[0]:
+            raise ValueError(f'batch_size must lie in 1 … {sizes[0]} samples, got {batch_size}')
         self.tensors, self.batch_size, self.seed, self.transform = tensors, batch_size, seed, transform
 
     def at(self,
@@ -50,9 +55,12 @@ class batches:
           ) -> tuple[Tensor, ...]:
         "The batch of this step, for this process."
         n, whole = len(self.tensors[0]), self.batch_size * world
-        if whole > n: raise ValueError(f'batch_size {self.batch_size} on {world} processes needs {whole} samples, got {n}')
+        if whole > n:
+            raise ValueError(f'batch_size {self.batch_size} on {world} processes needs {whole} '
+                             f'samples, got {n}')
         epoch, i = divmod(step, n // whole)
-        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+        order = torch.randperm(
+            n, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
         take = order[i * whole + rank * self.batch_size:][:self.batch_size]
         batch = tuple(t[take] for t in self.tensors)
         return self.transform(*batch) if self.transform else batch
@@ -67,12 +75,16 @@ def lr_factor(step: int,            # from 0
               warmup: int = 0,      # steps that grow linearly to 1
               schedule: str = 'cosine', # after that: 'cosine' down to `floor`, 'linear' likewise, or 'constant'
               floor: float = 0.) -> float:
-    "The learning rate at a step, as a factor of its peak. Source: arXiv:1608.03983, eq. 5 without restarts."
-    if schedule not in ('cosine', 'linear', 'constant'): raise ValueError(f"schedule must be 'cosine', 'linear' or 'constant', got {schedule!r}")
+    """The learning rate at a step, as a factor of its peak.
+
+    Source: arXiv:1608.03983, eq. 5 without restarts."""
+    if schedule not in ('cosine', 'linear', 'constant'):
+        raise ValueError(f"schedule must be 'cosine', 'linear' or 'constant', got {schedule!r}")
     if step < warmup: return (step + 1) / (warmup + 1)
     if schedule == 'constant': return 1.
     done = min(1., (step - warmup) / max(1, steps - warmup))
-    return floor + (1 - floor) * ((1 + math.cos(math.pi * done)) / 2 if schedule == 'cosine' else 1 - done)
+    return floor + (1 - floor) * ((1 + math.cos(math.pi * done)) / 2 if schedule == 'cosine'
+                                  else 1 - done)
 
 # %% ../nbs/00_foundations/11_training.ipynb #8c5cad5b
 class NonFiniteLoss(FloatingPointError):
@@ -84,7 +96,8 @@ class NonFiniteLoss(FloatingPointError):
                  spoilt: str | None = None):     # a parameter that the step has made inf or nan
         what = f'the loss is {loss}' if grad_norm is None else f'the norm of the gradient is {grad_norm}, of a loss of {loss:.4g},'
         kept = 'weights and checkpoint are those before this step'
-        if spoilt is not None: what, kept = f'{spoilt} has become inf or nan', 'the checkpoint is the one before'
+        if spoilt is not None:
+            what, kept = f'{spoilt} has become inf or nan', 'the checkpoint is the one before'
         super().__init__(f'{what} at step {step} (learning rate {lr:.3g}); {kept}')
         self.step, self.loss, self.lr, self.grad_norm = step, loss, lr, grad_norm
 
@@ -97,9 +110,12 @@ def _pack(state: Any, tensors: dict[str, Tensor], at: str) -> Any:
     if isinstance(state, Tensor):
         tensors[at] = state.detach().cpu().clone().contiguous()
         return {'tensor': at}
-    if isinstance(state, Mapping): return {'dict': [[k, _pack(v, tensors, f'{at}/{k}')] for k, v in state.items()]}
-    if isinstance(state, (list, tuple)): return {type(state).__name__: [_pack(v, tensors, f'{at}/{i}') for i, v in enumerate(state)]}
-    if isinstance(state, (np.generic, np.ndarray)): return _pack(torch.from_numpy(np.array(state, copy=True)), tensors, at)
+    if isinstance(state, Mapping):
+        return {'dict': [[k, _pack(v, tensors, f'{at}/{k}')] for k, v in state.items()]}
+    if isinstance(state, (list, tuple)):
+        return {type(state).__name__: [_pack(v, tensors, f'{at}/{i}') for i, v in enumerate(state)]}
+    if isinstance(state, (np.generic, np.ndarray)):
+        return _pack(torch.from_numpy(np.array(state, copy=True)), tensors, at)
     if state is None or isinstance(state, (bool, int, float, str)): return {'value': state}
     raise ValueError(f'a checkpoint cannot hold {at} of type {type(state).__name__}')
 
@@ -107,7 +123,8 @@ def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
     kind, x = next(iter(packed.items()))
     if kind == 'tensor': return tensors[x]
     if kind == 'dict': return {k: _unpack(v, tensors) for k, v in x}
-    if kind in ('list', 'tuple'): return {'list': list, 'tuple': tuple}[kind](_unpack(v, tensors) for v in x)
+    if kind in ('list', 'tuple'):
+        return {'list': list, 'tuple': tuple}[kind](_unpack(v, tensors) for v in x)
     return x
 
 def save_checkpoint(path: str | os.PathLike,
@@ -117,26 +134,34 @@ def save_checkpoint(path: str | os.PathLike,
     tensors = {}
     packed = _pack(dict(model=model.state_dict(), **state), tensors, '')
     try:
-        with whole_file(path) as place: save_file(tensors, place, metadata={'vitbook': json.dumps(packed)})
+        with whole_file(path) as place:
+            save_file(tensors, place, metadata={'vitbook': json.dumps(packed)})
     except (OSError, SafetensorError) as e:
         raise OSError(f'the checkpoint {path} could not be written ({e}); what stood there before still stands') from e
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    "What `save_checkpoint` wrote: model, and the rest by name. CheckpointError if the file is damaged or something else."
+    """What `save_checkpoint` wrote: model, and the rest by name.
+
+    CheckpointError if the file is damaged or something else."""
     if Path(path).is_dir(): raise CheckpointError(f'checkpoint: {path} is a folder, wanted a file')
     try:
         with safe_open(str(path), 'pt') as f:
-            packed, tensors = (f.metadata() or {}).get('vitbook'), {k: f.get_tensor(k) for k in f.keys()}
+            packed = (f.metadata() or {}).get('vitbook')
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
     except FileNotFoundError: raise
-    except (OSError, SafetensorError) as e: raise CheckpointError(f'{path} is no readable checkpoint ({e}): delete it, or start elsewhere') from e
-    if packed is None: raise CheckpointError(f'{path} is a safetensors file, but no checkpoint of vitbook.train')
+    except (OSError, SafetensorError) as e:
+        raise CheckpointError(f'{path} is no readable checkpoint ({e}): delete it, or start elsewhere') from e
+    if packed is None:
+        raise CheckpointError(f'{path} is a safetensors file, but no checkpoint of vitbook.train')
     return _unpack(json.loads(packed), tensors)
 
 # %% ../nbs/00_foundations/11_training.ipynb #f8c4ea08
 def _rng() -> dict:
     kind, inner, gauss = random.getstate()
     name, keys, *rest = np.random.get_state()
-    state = dict(python=[kind, torch.tensor(inner), gauss], numpy=[name, torch.from_numpy(keys.astype(np.int64)), *rest], torch=torch.get_rng_state())
+    state = dict(python=[kind, torch.tensor(inner), gauss],
+                 numpy=[name, torch.from_numpy(keys.astype(np.int64)), *rest],
+                 torch=torch.get_rng_state())
     return state | ({'cuda': torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
 
 def _set_rng(state: Mapping[str, Any]):
@@ -151,7 +176,8 @@ def _fingerprint(batch: Any) -> str:
     "Tells batches apart by a thousand numbers of each tensor in them."
     found = hashlib.sha256()
     def add(x):
-        if isinstance(x, np.ndarray) and x.dtype != object: x = torch.from_numpy(np.array(x, copy=True))
+        if isinstance(x, np.ndarray) and x.dtype != object:
+            x = torch.from_numpy(np.array(x, copy=True))
         if isinstance(x, Mapping): x = [*x.keys(), *x.values()]
         if isinstance(x, Tensor) and x.layout == torch.strided:
             flat = x.detach().flatten()
@@ -201,7 +227,8 @@ class _Stream:
 
     def place(self) -> dict[str, Any] | None:
         if not self.total: return None
-        return dict(passes=self.passes, taken=self.taken, start=self.start, before=self.before, last=self.last)
+        return dict(passes=self.passes, taken=self.taken, start=self.start, before=self.before,
+                    last=self.last)
 
     def resume(self, place: Mapping[str, Any] | None, step: int, compare: bool):
         """Go to where a checkpoint was written: through the passes before, then into this one with the order that it had.
@@ -231,7 +258,8 @@ class History:
     def __getitem__(self, name: str) -> list:
         "All values of one column, in the order of steps, without the steps that lack it."
         found = [r[name] for r in self.rows if name in r]
-        if not found and self.rows: raise ValueError(f'the history has no {name!r}, only {sorted(set().union(*self.rows))}')
+        if not found and self.rows:
+            raise ValueError(f'the history has no {name!r}, only {sorted(set().union(*self.rows))}')
         return found
 
     def steps(self, name: str = 'loss') -> list[int]:
@@ -251,8 +279,8 @@ class Moment:
 def cross_entropy(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
     """The loss of a classifier on (inputs, labels); the last axis of the output counts the classes.
 
-    Labels are whole numbers, -100 for places that do not count, or floats in the shape of the output: a share for
-    each class. ValueError for anything else."""
+    Labels are whole numbers, -100 for places that do not count, or floats in the shape of the
+    output: a share for each class. ValueError for anything else."""
     several = isinstance(batch, (tuple, list))
     if not several or len(batch) != 2 or not all(isinstance(t, Tensor) for t in batch):
         names = batch if isinstance(batch, Mapping) else [type(t).__name__ for t in batch] if several else []
@@ -264,20 +292,25 @@ def cross_entropy(model: nn.Module, batch: Sequence[Tensor]) -> Tensor:
         raise ValueError(f'model: gave {type(out).__name__}, wanted a tensor of logits; for other outputs give a `loss` '
                          'of your own')
     soft = y.is_floating_point()
-    if y.dtype == torch.bool or y.is_complex() or tuple(y.shape) != tuple(out.shape if soft else out.shape[:-1]):
+    if y.dtype == torch.bool or y.is_complex() or tuple(y.shape) != tuple(
+        out.shape if soft else out.shape[:-1]):
         kind = str(y.dtype).removeprefix('torch.')
         raise ValueError(f'labels: got {kind} of shape {tuple(y.shape)} for logits of shape {tuple(out.shape)}, wanted whole '
                          f'numbers of shape {tuple(out.shape[:-1])}, or a share for each class')
-    try: return F.cross_entropy(out.flatten(0, -2), y.flatten(0, -2) if soft else y.flatten().long())
+    try:
+        return F.cross_entropy(out.flatten(0, -2), y.flatten(0, -2) if soft else y.flatten().long())
     except IndexError as e:
         low, high = y.min().item(), y.max().item()
         raise ValueError(f'labels: got classes {low} … {high}, wanted 0 … {out.shape[-1] - 1}') from e
 
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 256) -> float:
-    "Share of right answers, in eval mode; modes are as before afterwards. ValueError for an empty set."
+    """Share of right answers, in eval mode; modes are as before afterwards.
+
+    ValueError for an empty set."""
     if len(x) != len(y) or not len(x):
-        raise ValueError(f'x, y: got {len(x)} inputs and {len(y)} labels, wanted as many of each and not an empty set')
+        raise ValueError(f'x, y: got {len(x)} inputs and {len(y)} labels, wanted as many of each '
+                         'and not an empty set')
     if batch_size < 1: raise ValueError(f'batch_size must be at least 1, got {batch_size}')
     right = 0
     with eval_mode(model):
@@ -291,10 +324,13 @@ def _untrainable(model: nn.Module) -> str:
 def decay_groups(model: nn.Module, weight_decay: float = .05) -> list[dict[str, Any]]:
     """Two groups for an optimizer: matrices and kernels with `weight_decay`, and the rest without.
 
-    The rest: vectors, biases, norms of any shape, and what `model.no_weight_decay()` names. ValueError if nothing
-    is to be trained. Source: arXiv:1711.05101 for decay apart from the gradient; which parameters, as in timm."""
+    The rest: vectors, biases, norms of any shape, and what `model.no_weight_decay()` names.
+    ValueError if nothing is to be trained.
+
+    Source: arXiv:1711.05101 for decay apart from the gradient; which parameters, as in timm."""
     norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-    found = [m for m in model.modules() if isinstance(m, norms) or type(m).__name__.endswith('RMSNorm')]
+    found = [m for m in model.modules()
+             if isinstance(m, norms) or type(m).__name__.endswith('RMSNorm')]
     of_norms = {id(p) for m in found for p in m.parameters(recurse=False)}
     named = set(model.no_weight_decay()) if hasattr(model, 'no_weight_decay') else set()
     free, decayed = [], []
@@ -309,7 +345,8 @@ def decay_groups(model: nn.Module, weight_decay: float = .05) -> list[dict[str, 
 # %% ../nbs/00_foundations/11_training.ipynb #8258ece4
 def _options(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     "What the caller has set, a dict for each group: learning rate, weight decay and so on."
-    return [{name: value for name, value in g.items() if name != 'params'} for g in optimizer.param_groups]
+    return [{name: value for name, value in g.items() if name != 'params'}
+            for g in optimizer.param_groups]
 
 def _members(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
     "The parameters of each group by name: an optimizer's state is stored by number only."
@@ -317,14 +354,16 @@ def _members(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[st
     return [[names.get(id(p), '') for p in g['params']] for g in optimizer.param_groups]
 
 def _differ(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor): return not torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return not torch.equal(torch.as_tensor(a), torch.as_tensor(b))
     return a != b
 
-def _resume(path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> dict:
+def _resume(path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer,
+            steps: int) -> dict:
     """Weights and optimizer of a checkpoint, and the rest of it.
 
-    What the caller set differently this time (a learning rate, a weight decay) holds; everything else goes on as it
-    was. Nothing is changed if the checkpoint is refused."""
+    What the caller set differently this time (a learning rate, a weight decay) holds; everything
+    else goes on as it was. Nothing is changed if the checkpoint is refused."""
     saved = read_checkpoint(path)
     if not {'optimizer', 'optimizer_kind', 'members', 'options', 'step', 'history', 'rng'} <= saved.keys():
         raise CheckpointError(f'{path} holds no run of fit, only {", ".join(sorted(saved))}')
@@ -332,7 +371,8 @@ def _resume(path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Op
     if saved['step'] > steps:
         raise CheckpointError(f'{path} has gone {saved["step"]} steps already, got steps={steps}')
     if saved['optimizer_kind'] != kind:
-        raise CheckpointError(f'{path} was written with {saved["optimizer_kind"]}, got {kind} as optimizer')
+        raise CheckpointError(f'{path} was written with {saved["optimizer_kind"]}, got {kind} as '
+                              'optimizer')
     if saved['members'] != _members(optimizer, model):
         raise CheckpointError(f'{path} was written by an optimizer with other parameters, or other groups of them: see which '
                               'require a gradient, and how the optimizer was made')
@@ -341,25 +381,32 @@ def _resume(path: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Op
     now = _options(optimizer)
     optimizer.load_state_dict(saved['optimizer'])
     for group, asked, before in zip(optimizer.param_groups, now, saved['options']):
-        changed = [name for name in asked if name not in before or _differ(asked[name], before[name])]
+        changed = [name for name in asked
+                   if name not in before or _differ(asked[name], before[name])]
         group.update({name: asked[name] for name in changed})
     return saved
 
 # %% ../nbs/00_foundations/11_training.ipynb #63032529
-_PREPARED = ('forward', '_original_forward', '_is_accelerate_prepared')     # what accelerate leaves in a module
+# what accelerate leaves in a module
+_PREPARED = ('forward', '_original_forward', '_is_accelerate_prepared')
 
 def _check_loss(value: Any):
     if not isinstance(value, Tensor) or value.numel() != 1:
         what = f'a tensor of shape {tuple(value.shape)}' if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f'loss: gave {what}, wanted one number as a tensor')
-    if not value.requires_grad: raise ValueError('loss: what it gave does not depend on any parameter that is trained')
+    if not value.requires_grad:
+        raise ValueError('loss: what it gave does not depend on any parameter that is trained')
 
 def _clipped(acc: Any, parameters: Iterable[nn.Parameter], clip: float | None) -> float | None:
-    "Clips the gradients; their norm before that. None where an engine of its own does the clipping and does not say."
+    """Clips the gradients; their norm before that.
+
+    None where an engine of its own does the clipping and does not say."""
     parameters = list(parameters)
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if clip is None and any(g.is_sparse for g in gradients):        # which torch's own norm does not take
-        return math.sqrt(sum((g.coalesce().values() if g.is_sparse else g).double().square().sum().item() for g in gradients))
+    if clip is None and any(g.is_sparse for g in gradients):  # which torch's own norm does not take
+        return math.sqrt(sum(
+            (g.coalesce().values() if g.is_sparse else g).double().square().sum().item()
+            for g in gradients))
     norm = acc.clip_grad_norm_(parameters, math.inf if clip is None else clip)
     return None if norm is None else float(norm)
 
@@ -371,9 +418,11 @@ def _put_back(model: nn.Module, buffers: Mapping[str, Tensor]):
 
 def _numbers(found: Any, row: Mapping[str, Any]) -> dict[str, float]:
     "What `evaluate` gave, beside the row's own numbers."
-    if not isinstance(found, Mapping): raise ValueError(f'evaluate: gave {type(found).__name__}, wanted numbers by name')
+    if not isinstance(found, Mapping):
+        raise ValueError(f'evaluate: gave {type(found).__name__}, wanted numbers by name')
     if taken := [name for name in found if name in row]:
-        raise ValueError(f"evaluate: gave {taken[0]!r}, which is the training step's own; call it 'val_{taken[0]}', say")
+        raise ValueError(f"evaluate: gave {taken[0]!r}, which is the training step's own; call it "
+                         f"'val_{taken[0]}', say")
     try: return {name: float(value) for name, value in found.items()}
     except (TypeError, ValueError, RuntimeError) as e:
         raise ValueError(f'evaluate: gave {found}, wanted one number for each name') from e
@@ -408,20 +457,23 @@ def fit(model: nn.Module,
         progress: bool = True) -> History:
     """Train `model` in place, on one device or many (under `accelerate launch` or torchrun; `batch_size` is per process).
 
-    A run that was killed and is started again with the same arguments ends with the same weights, bit for bit on one
-    CPU process, as one that never was; where an iterable's order does not come again, that is a CheckpointError.
-    Of optimizer, rates and schedule, what is given differently the second time holds.
+    A run that was killed and is started again with the same arguments ends with the same weights,
+    bit for bit on one CPU process, as one that never was; where an iterable's order does not come
+    again, that is a CheckpointError. Of optimizer, rates and schedule, what is given differently
+    the second time holds.
 
-    A model in training mode keeps the modules that were put into eval mode, such as frozen norms, as they are; one
-    in eval mode is put into training mode whole.
+    A model in training mode keeps the modules that were put into eval mode, such as frozen norms,
+    as they are; one in eval mode is put into training mode whole.
 
-    NonFiniteLoss stops before a broken update. CheckpointError if the checkpoint is damaged, of another model or
-    optimizer, or further than `steps`; OSError if it cannot be written. ValueError if the batches end early, if
-    nothing is to be trained, or if `evaluate` takes a name of the history's own."""
+    NonFiniteLoss stops before a broken update. CheckpointError if the checkpoint is damaged, of
+    another model or optimizer, or further than `steps`; OSError if it cannot be written. ValueError
+    if the batches end early, if nothing is to be trained, or if `evaluate` takes a name of the
+    history's own."""
     try:
         from accelerate import Accelerator
         from accelerate.utils import send_to_device
-    except ImportError as e: raise ImportError("training needs accelerate: pip install 'vitbook[train]'") from e
+    except ImportError as e:
+        raise ImportError("training needs accelerate: pip install 'vitbook[train]'") from e
     for name, number in dict(steps=steps, every=every, checkpoint_every=checkpoint_every).items():
         if number < 1: raise ValueError(f'{name} must be at least 1, got {number}')
     lr_factor(0, steps, warmup, schedule, floor)
@@ -440,7 +492,8 @@ def fit(model: nn.Module,
     wrapped, optim = acc.prepare(model, optimizer)
 
     stream = None
-    if hasattr(data, 'at'): batch_at = lambda step: data.at(step, acc.process_index, acc.num_processes)
+    if hasattr(data, 'at'):
+        batch_at = lambda step: data.at(step, acc.process_index, acc.num_processes)
     elif callable(data): batch_at = data
     else:
         stream = _Stream(data, steps)
@@ -451,9 +504,11 @@ def fit(model: nn.Module,
     def save(step):
         if checkpoint is None or not acc.is_main_process: return
         rng = _rng()                # first of all: nothing that saving does may move it
-        state = dict(optimizer=optimizer.state_dict(), optimizer_kind=type(optimizer).__name__, options=options,
+        state = dict(optimizer=optimizer.state_dict(), optimizer_kind=type(optimizer).__name__,
+                     options=options,
                      members=_members(optimizer, model), data=stream and stream.place())
-        save_checkpoint(checkpoint, acc.unwrap_model(wrapped), **state, step=step, history=history.rows, rng=rng)
+        save_checkpoint(checkpoint, acc.unwrap_model(wrapped), **state, step=step,
+                        history=history.rows, rng=rng)
 
     if not model.training: wrapped.train()
     try:
@@ -464,7 +519,8 @@ def fit(model: nn.Module,
             for group, peak in zip(optimizer.param_groups, peaks): group['lr'] = peak * factor
             rate, last = peaks[0] * factor, step + 1 == steps
             batch, buffers = batch_at(step), {name: b.clone() for name, b in model.named_buffers()}
-            value = loss(wrapped, send_to_device(batch, acc.device) if acc.device_placement else batch)
+            value = loss(wrapped,
+                         send_to_device(batch, acc.device) if acc.device_placement else batch)
             _check_loss(value)
             seen = acc.reduce(value.detach().float(), 'mean').item()
             if not math.isfinite(seen):
@@ -479,13 +535,16 @@ def fit(model: nn.Module,
                 optim.zero_grad(set_to_none=True)
                 raise NonFiniteLoss(step, seen, rate, norm)
             optim.step()
-            row = dict(step=step + 1, loss=seen, lr=rate) | ({} if norm is None else {'grad_norm': norm})
+            row = dict(step=step + 1, loss=seen, lr=rate) | ({} if norm is None
+                                                             else {'grad_norm': norm})
             if evaluate and ((step + 1) % every == 0 or last):
-                with eval_mode(wrapped), torch.no_grad(): found = evaluate(acc.unwrap_model(wrapped))
+                with eval_mode(wrapped), torch.no_grad():
+                    found = evaluate(acc.unwrap_model(wrapped))
                 row |= _numbers(found, row)
             history.rows.append(row)
             if hasattr(bar, 'set_postfix'): bar.set_postfix(loss=f'{seen:.4g}', refresh=False)
-            stop = any([cb(Moment(step + 1, seen, rate, acc.unwrap_model(wrapped), history)) for cb in callbacks])
+            stop = any([cb(Moment(step + 1, seen, rate, acc.unwrap_model(wrapped), history))
+                        for cb in callbacks])
             if last or stop or checkpoint is not None and (step + 1) % checkpoint_every == 0:
                 for name, p in model.named_parameters():
                     if p.requires_grad and not p.isfinite().all():
@@ -493,7 +552,9 @@ def fit(model: nn.Module,
                 save(step + 1)
             if stop: break
         acc.wait_for_everyone()
-    finally:    # a later fit starts from the peaks again, and another accelerator finds a model that none has prepared
+    finally:
+        # a later fit starts from the peaks again, and another accelerator finds a model that none
+        # has prepared
         for group, peak in zip(optimizer.param_groups, peaks): group['lr'] = peak
         for name in _PREPARED: vars(model).pop(name, None)
         vars(model).update(own)

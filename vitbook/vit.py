@@ -21,7 +21,7 @@ from .layers.embed import PatchEmbed, check_batch, pair
 from .layers.position import LearnedGrid, resize_position, trained_grid
 from .backbone import Backbone, Level
 from .registry import register_model
-from .weights import joined, load_weights, renamed
+from .weights import joined, renamed
 
 # %% ../nbs/00_foundations/09_vit.ipynb #4e5de290
 class _PublishedViT(LearnedGrid, Backbone):
@@ -29,71 +29,141 @@ class _PublishedViT(LearnedGrid, Backbone):
     @staticmethod
     def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         "timm's names are ours; Hugging Face's are renamed."
-        return from_huggingface(state_dict) if any('embeddings.' in k for k in state_dict) else dict(state_dict)
+        return from_huggingface(state_dict) if _of_huggingface(state_dict) else dict(state_dict)
 
     @staticmethod
-    def official_arguments(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-        raise ValueError('weights do not tell the number of heads: make the model first, or use vit_from_state_dict')
+    def official_arguments(
+        state_dict: Mapping[str, Tensor],
+        num_heads: int | None = None, # weights do not tell; default: heads of width 64, of 80 in ViT-H
+        img_size: int | tuple[int, int] | None = None, # default: as trained, if that was square
+    ) -> dict[str, Any]:
+        """What timm's or Hugging Face's weights of a ViT or DeiT tell.
+
+        ValueError if they are of no ViT."""
+        sd = _PublishedViT.official_names(state_dict)
+        needed = {'patch_embed.proj.weight', 'pos_embed', 'blocks.0.mlp.fc1.weight'}
+        if absent := needed - set(sd):
+            raise ValueError('state_dict is of no ViT that is known here: it has no '
+                             f'{", ".join(sorted(absent))}')
+        dim, chans, p, q = sd['patch_embed.proj.weight'].shape
+        distilled, cls = 'head_dist.weight' in sd, 'cls_token' in sd
+        regs = sum(sd[k].shape[1] for k in ('reg_token', 'dist_token') if k in sd) - distilled
+        no_embed_class, size = _size_of(sd, (p, q), cls + distilled + regs, img_size)
+        widest = 1 + max(int(k.split('.')[1]) for k in sd if k.startswith('blocks.'))
+        return dict(
+            img_size=size, patch_size=(p, q), in_chans=chans, embed_dim=dim, depth=widest,
+            num_heads=_heads(dim) if num_heads is None else num_heads,
+            num_classes=sd['head.weight'].shape[0] if 'head.weight' in sd else 0,
+            global_pool='avg' if 'fc_norm.weight' in sd or not cls else 'token',
+            mlp_ratio=sd['blocks.0.mlp.fc1.weight'].shape[0] / dim,
+            qkv_bias='blocks.0.attn.qkv.bias' in sd, qk_norm='blocks.0.attn.q_norm.weight' in sd,
+            init_values=1. if 'blocks.0.ls1.gamma' in sd else None,
+            class_token=cls, reg_tokens=regs, no_embed_class=no_embed_class, distilled=distilled,
+            norm_eps=1e-12 if _of_huggingface(state_dict) else 1e-6)
 
     def resized(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        "Positions interpolated from the grid they were learned on to this model's. ValueError if the weights do not tell it and it is not plain."
-        return self.regridded(state_dict, 0 if self.no_embed_class else self.num_prefix_tokens)
+        """Positions interpolated from the grid they were learned on to this model's.
+
+        A distillation token that no head listens to is a register. ValueError if the weights do not tell
+        the grid and it is not plain."""
+        sd = dict(state_dict)
+        register = self.reg_token is not None and self.dist_token is None
+        if register and 'dist_token' in sd and 'reg_token' not in sd:
+            sd['reg_token'] = sd.pop('dist_token')
+        return self.regridded(sd, 0 if self.no_embed_class else self.num_prefix_tokens)
+
+def _heads(width: int) -> int:
+    if width == 1280: return 16
+    if width % 64:
+        raise ValueError('num_heads must be given: the weights do not tell the number of heads, and '
+                         f'their width, {width}, is no multiple of 64')
+    return width // 64
+
+def _of_huggingface(state_dict: Mapping[str, Tensor]) -> bool:
+    return any('embeddings.' in k for k in state_dict)
+
+def _size_of(sd: Mapping[str, Tensor],
+             patch: tuple[int, int],
+             prefix: int,            # class, distillation and register tokens
+             img_size: int | tuple[int, int] | None,
+            ) -> tuple[bool, tuple[int, int]]: # whether only patches have positions; rows and columns of the picture
+    square = lambda n: round(n ** .5) ** 2 == n
+    placed, told = sd['pos_embed'].shape[1], sd.get('pos_grid')
+    if told is not None: patches_only = placed == int(told.prod())
+    else: patches_only = not square(placed - prefix) and square(placed)
+    want = (1, 1) if img_size is None else tuple(a // p for a, p in zip(pair(img_size), patch))
+    grid = trained_grid(placed - (0 if patches_only else prefix), want, told)
+    trained = tuple(g * p for g, p in zip(grid, patch))
+    return patches_only, trained if img_size is None else pair(img_size)
 
 # %% ../nbs/00_foundations/09_vit.ipynb #5e69b1d1
 class VisionTransformer(_PublishedViT):
-    "Vision Transformer with timm's arguments and parameter names; with `distilled`, DeiT. Source: arXiv:2010.11929, eq. 1-4; arXiv:2012.12877, sec. 4."
+    """Vision Transformer with timm's arguments and parameter names; with `distilled`, DeiT.
+
+    Source: arXiv:2010.11929, eq. 1-4; arXiv:2012.12877, sec. 4."""
     def __init__(self,
                  img_size: int | tuple[int, int] = 224,
                  patch_size: int | tuple[int, int] = 16,
                  in_chans: int = 3,
-                 num_classes: int = 1000,            # 0: no head, `forward` gives the pooled features
-                 global_pool: str = 'token',         # 'token': the class token; 'avg': mean of the patch tokens
+                 num_classes: int = 1000,        # 0: no head, `forward` gives the pooled features
+                 global_pool: str = 'token',     # 'token': the class token; 'avg': mean of the patch tokens
                  embed_dim: int = 768,
                  depth: int = 12,
                  num_heads: int = 12,
                  mlp_ratio: float = 4.,
                  qkv_bias: bool = True,
                  qk_norm: bool = False,
-                 init_values: float | None = None,   # of LayerScale; None: no LayerScale
+                 init_values: float | None = None, # of LayerScale; None: no LayerScale
                  class_token: bool = True,
-                 reg_tokens: int = 0,                # register tokens (arXiv:2309.16588)
-                 no_embed_class: bool = False,       # positions for the patches only
-                 distilled: bool = False,            # DeiT's second token and head
-                 dynamic_img_size: bool = False,     # any multiple of the patch; positions are interpolated at each call
-                 drop_rate: float = 0.,              # dropout before the head
-                 pos_drop_rate: float = 0.,          # dropout after the positions
-                 proj_drop_rate: float = 0.,         # dropout inside the blocks
-                 attn_drop_rate: float = 0.,         # dropout on attention weights
-                 drop_path_rate: float = 0.,         # stochastic depth of the last block, growing linearly from 0
+                 reg_tokens: int = 0,            # register tokens (arXiv:2309.16588)
+                 no_embed_class: bool = False,   # positions for the patches only
+                 distilled: bool = False,        # DeiT's second token and head
+                 dynamic_img_size: bool = False, # any multiple of the patch; positions are interpolated at each call
+                 drop_rate: float = 0.,          # dropout before the head
+                 pos_drop_rate: float = 0.,      # dropout after the positions
+                 proj_drop_rate: float = 0.,     # dropout inside the blocks
+                 attn_drop_rate: float = 0.,     # dropout on attention weights
+                 drop_path_rate: float = 0.,     # stochastic depth of the last block, growing linearly from 0
                  norm_eps: float = 1e-6):
         super().__init__()
-        if global_pool not in ('token', 'avg'): raise ValueError(f"global_pool must be 'token' or 'avg', got {global_pool!r}")
-        if global_pool == 'token' and not class_token: raise ValueError("global_pool='token' needs class_token=True")
-        if distilled and not (class_token and global_pool == 'token'): raise ValueError("distilled=True needs class_token=True and global_pool='token'")
-        if embed_dim % num_heads: raise ValueError(f'num_heads must divide embed_dim={embed_dim}, got {num_heads}')
-        self.img_size, self.in_chans, self.num_classes, self.global_pool, self.embed_dim = pair(img_size), in_chans, num_classes, global_pool, embed_dim
+        if global_pool not in ('token', 'avg'):
+            raise ValueError(f"global_pool must be 'token' or 'avg', got {global_pool!r}")
+        if global_pool == 'token' and not class_token:
+            raise ValueError("global_pool='token' needs class_token=True")
+        if distilled and not (class_token and global_pool == 'token'):
+            raise ValueError("distilled=True needs class_token=True and global_pool='token'")
+        if embed_dim % num_heads:
+            raise ValueError(f'num_heads must divide embed_dim={embed_dim}, got {num_heads}')
+        self.img_size, self.in_chans, self.num_classes = pair(img_size), in_chans, num_classes
+        self.global_pool, self.embed_dim = global_pool, embed_dim
         self.num_features = self.head_hidden_size = embed_dim
-        self.num_prefix_tokens, self.no_embed_class, self.dynamic_img_size = class_token + distilled + reg_tokens, no_embed_class, dynamic_img_size
+        self.num_prefix_tokens = class_token + distilled + reg_tokens
+        self.no_embed_class, self.dynamic_img_size = no_embed_class, dynamic_img_size
         norm = lambda dim: nn.LayerNorm(dim, eps=norm_eps)
 
         self.patch_embed = PatchEmbed(self.img_size, patch_size, in_chans, embed_dim)
         self.grid_size = self.patch_embed.grid_size
-        self.taps = sorted({depth * i // 4 - 1 for i in range(1, 5)} - {-1})     # the blocks whose tokens `feature_maps` gives: a quarter of the depth apart
+        # the blocks whose tokens `feature_maps` gives: a quarter of the depth apart
+        self.taps = sorted({depth * i // 4 - 1 for i in range(1, 5)} - {-1})
         self.levels = tuple(Level(embed_dim, self.patch_embed.patch_size[0]) for _ in self.taps)
         if dynamic_img_size: self.patch_embed.img_size = None
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
         self.dist_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if distilled else None
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
-        placed = self.grid_size[0] * self.grid_size[1] + (0 if no_embed_class else self.num_prefix_tokens)
+        placed = self.grid_size[0] * self.grid_size[1] + (0 if no_embed_class
+                                                          else self.num_prefix_tokens)
         self.pos_embed = nn.Parameter(torch.zeros(1, placed, embed_dim))
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.blocks = nn.Sequential(*(
-            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=qkv_bias, qk_norm=qk_norm, init_values=init_values, proj_drop=proj_drop_rate,
-                  attn_drop=attn_drop_rate, drop_path=rate, norm_layer=norm) for rate in drop_path_rates(drop_path_rate, depth)))
+            Block(embed_dim, num_heads, mlp_ratio, qkv_bias=qkv_bias, qk_norm=qk_norm,
+                  init_values=init_values, proj_drop=proj_drop_rate,
+                  attn_drop=attn_drop_rate, drop_path=rate,
+                  norm_layer=norm) for rate in drop_path_rates(drop_path_rate, depth)))
         self.norm = norm(embed_dim) if global_pool == 'token' else nn.Identity()
         self.fc_norm = norm(embed_dim) if global_pool == 'avg' else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
-        self.distilled, self.distilled_training = distilled, False   # True: a training forward gives both heads' logits, as DeiT's loss wants them
+        # True: a training forward gives both heads' logits, as DeiT's loss wants them
+        self.distilled, self.distilled_training = distilled, False
         self.reset_classifier(num_classes)
         self.init_weights()
 
@@ -108,23 +178,31 @@ class VisionTransformer(_PublishedViT):
             if token is not None: nn.init.normal_(token, std=1e-6)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None):
-        "A new head for `num_classes` classes; 0 takes the head away. Pooling cannot be changed after construction, since it decides where the norm stands."
-        if global_pool not in (None, self.global_pool): raise ValueError(f'global_pool is {self.global_pool!r} by construction, got {global_pool!r}')
+        """A new head for `num_classes` classes; 0 takes the head away.
+
+        Pooling cannot be changed after construction, since it decides where the norm stands."""
+        if global_pool not in (None, self.global_pool):
+            raise ValueError(f'global_pool is {self.global_pool!r} by construction, got '
+                             f'{global_pool!r}')
         self.num_classes = num_classes
-        new = lambda: nn.Linear(self.embed_dim, num_classes).to(self.pos_embed) if num_classes else nn.Identity()
+        def new():
+            if not num_classes: return nn.Identity()
+            return nn.Linear(self.embed_dim, num_classes).to(self.pos_embed)
         self.head = new()
         if self.distilled: self.head_dist = new()
 
     def position(self, grid: tuple[int, int]) -> Float[Tensor, '1 n c']:
         "The learned positions, interpolated where the grid is another than the one built for."
-        return resize_position(self.pos_embed, self.grid_size, grid, 0 if self.no_embed_class else self.num_prefix_tokens)
+        return resize_position(self.pos_embed, self.grid_size, grid,
+                               0 if self.no_embed_class else self.num_prefix_tokens)
 
     def embed(self, x: Float[Tensor, 'b i y x']) -> Float[Tensor, 'b n c']:
         "Patch tokens behind the prefix tokens, positions added. Source: arXiv:2010.11929, eq. 1."
         check_batch(x)
         grid = self.patch_embed.grid(*x.shape[2:])
         x = self.patch_embed(x)
-        prefix = [t.expand(x.shape[0], -1, -1) for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
+        prefix = [t.expand(x.shape[0], -1, -1)
+                  for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
         pos = self.position(grid)
         x = torch.cat([*prefix, x + pos], 1) if self.no_embed_class else torch.cat([*prefix, x], 1) + pos
         return self.pos_drop(x)
@@ -134,7 +212,9 @@ class VisionTransformer(_PublishedViT):
         return self.norm(self.blocks(self.embed(x)))
 
     def feature_maps(self, x: Float[Tensor, 'b i y x']) -> list[Float[Tensor, 'b c v u']]:
-        "The patch tokens after four blocks, a quarter of the depth apart, as maps; all of the patch's stride."
+        """The patch tokens after four blocks, a quarter of the depth apart, as maps.
+
+        All have the patch's stride."""
         grid, maps = self.patch_embed.grid(*x.shape[2:]), []
         x = self.embed(x)
         for i, block in enumerate(self.blocks):
@@ -142,7 +222,8 @@ class VisionTransformer(_PublishedViT):
             if i in self.taps: maps.append(tokens_to_map(x, grid, self.num_prefix_tokens))
         return maps
 
-    def forward_head(self, x: Float[Tensor, 'b n c'], pre_logits: bool = False) -> Float[Tensor, 'b k'] | tuple[Float[Tensor, 'b k'], Float[Tensor, 'b k']]:
+    def forward_head(self, x: Float[Tensor, 'b n c'], pre_logits: bool = False,
+                    ) -> Float[Tensor, 'b k'] | tuple[Float[Tensor, 'b k'], Float[Tensor, 'b k']]:
         "Pool the tokens and classify; `pre_logits` stops before the head."
         if self.distilled:
             x, d = self.head_drop(x[:, 0]), self.head_drop(x[:, 1])
@@ -153,82 +234,80 @@ class VisionTransformer(_PublishedViT):
         x = self.head_drop(self.fc_norm(x))
         return x if pre_logits else self.head(x)
 
-    def forward(self, x: Float[Tensor, 'b i y x']) -> Float[Tensor, 'b k'] | tuple[Float[Tensor, 'b k'], Float[Tensor, 'b k']]:
+    def forward(self, x: Float[Tensor, 'b i y x'],
+               ) -> Float[Tensor, 'b k'] | tuple[Float[Tensor, 'b k'], Float[Tensor, 'b k']]:
         return self.forward_head(self.forward_features(x))
 
 # %% ../nbs/00_foundations/09_vit.ipynb #5eb7de55
 _small = dict(img_size=32, patch_size=8, num_classes=10, embed_dim=48, depth=2, num_heads=3)
-_vit, _deit = dict(paper='2010.11929', part='foundations', chapter='vit', example=_small), dict(paper='2012.12877', part='foundations', chapter='vit', example=_small)
+_vit = dict(paper='2010.11929', part='foundations', chapter='vit', example=_small)
+_deit = dict(paper='2012.12877', part='foundations', chapter='vit', example=_small)
 
 @register_model(**_vit)
-def vit_tiny_patch16_224(embed_dim: int = 192, num_heads: int = 3, **arguments) -> VisionTransformer: return VisionTransformer(embed_dim=embed_dim, num_heads=num_heads, **arguments)
+def vit_tiny_patch16_224(embed_dim: int = 192, num_heads: int = 3, **arguments) -> VisionTransformer:
+    return VisionTransformer(embed_dim=embed_dim, num_heads=num_heads, **arguments)
 @register_model(**_vit)
-def vit_small_patch16_224(embed_dim: int = 384, num_heads: int = 6, **arguments) -> VisionTransformer: return VisionTransformer(embed_dim=embed_dim, num_heads=num_heads, **arguments)
+def vit_small_patch16_224(embed_dim: int = 384, num_heads: int = 6, **arguments) -> VisionTransformer:
+    return VisionTransformer(embed_dim=embed_dim, num_heads=num_heads, **arguments)
 @register_model(**_vit)
 def vit_base_patch16_224(**arguments) -> VisionTransformer: return VisionTransformer(**arguments)
 @register_model(**_vit)
-def vit_base_patch32_224(patch_size: int | tuple[int, int] = 32, **arguments) -> VisionTransformer: return VisionTransformer(patch_size=patch_size, **arguments)
+def vit_base_patch32_224(patch_size: int | tuple[int, int] = 32, **arguments) -> VisionTransformer:
+    return VisionTransformer(patch_size=patch_size, **arguments)
 @register_model(**_vit)
-def vit_large_patch16_224(embed_dim: int = 1024, depth: int = 24, num_heads: int = 16, **arguments) -> VisionTransformer: return VisionTransformer(embed_dim=embed_dim, depth=depth, num_heads=num_heads, **arguments)
+def vit_large_patch16_224(embed_dim: int = 1024, depth: int = 24, num_heads: int = 16,
+                          **arguments) -> VisionTransformer:
+    return VisionTransformer(embed_dim=embed_dim, depth=depth, num_heads=num_heads, **arguments)
 @register_model(**_vit)
-def vit_huge_patch14_224(patch_size: int | tuple[int, int] = 14, embed_dim: int = 1280, depth: int = 32, num_heads: int = 16, **arguments) -> VisionTransformer:
-    return VisionTransformer(patch_size=patch_size, embed_dim=embed_dim, depth=depth, num_heads=num_heads, **arguments)
+def vit_huge_patch14_224(patch_size: int | tuple[int, int] = 14, embed_dim: int = 1280,
+                         depth: int = 32, num_heads: int = 16, **arguments) -> VisionTransformer:
+    return VisionTransformer(patch_size=patch_size, embed_dim=embed_dim, depth=depth,
+                             num_heads=num_heads, **arguments)
 @register_model(**_deit)
-def deit_tiny_distilled_patch16_224(embed_dim: int = 192, num_heads: int = 3, distilled: bool = True, **arguments) -> VisionTransformer:
-    return VisionTransformer(embed_dim=embed_dim, num_heads=num_heads, distilled=distilled, **arguments)
+def deit_tiny_distilled_patch16_224(embed_dim: int = 192, num_heads: int = 3,
+                                    distilled: bool = True, **arguments) -> VisionTransformer:
+    return VisionTransformer(embed_dim=embed_dim, num_heads=num_heads, distilled=distilled,
+                             **arguments)
 @register_model(**_deit)
-def deit_small_distilled_patch16_224(embed_dim: int = 384, num_heads: int = 6, distilled: bool = True, **arguments) -> VisionTransformer:
-    return VisionTransformer(embed_dim=embed_dim, num_heads=num_heads, distilled=distilled, **arguments)
+def deit_small_distilled_patch16_224(embed_dim: int = 384, num_heads: int = 6,
+                                     distilled: bool = True, **arguments) -> VisionTransformer:
+    return VisionTransformer(embed_dim=embed_dim, num_heads=num_heads, distilled=distilled,
+                             **arguments)
 @register_model(**_deit)
-def deit_base_distilled_patch16_224(distilled: bool = True, **arguments) -> VisionTransformer: return VisionTransformer(distilled=distilled, **arguments)
+def deit_base_distilled_patch16_224(distilled: bool = True, **arguments) -> VisionTransformer:
+    return VisionTransformer(distilled=distilled, **arguments)
 
 # %% ../nbs/00_foundations/09_vit.ipynb #b7d560b9
 _hf_names = [  # Hugging Face's name -> ours; names of version 5 behind those of the checkpoints on its hub
-    (r'^(vit|deit)\.', ''), (r'^embeddings\.cls_token$', 'cls_token'), (r'^embeddings\.distillation_token$', 'dist_token'),
-    (r'^embeddings\.position_embeddings$', 'pos_embed'), (r'^embeddings\.patch_embeddings\.projection\.', 'patch_embed.proj.'),
-    (r'^(?:encoder\.layer|layers|encoder\.layers)\.(\d+)\.', r'blocks.\1.'), (r'\.layernorm_before\.', '.norm1.'), (r'\.layernorm_after\.', '.norm2.'),
-    (r'\.attention\.attention\.(query|key|value)\.', r'.attn.\1.'), (r'\.attention\.output\.dense\.', '.attn.proj.'),
+    (r'^(vit|deit)\.', ''), (r'^embeddings\.cls_token$', 'cls_token'),
+    (r'^embeddings\.distillation_token$', 'dist_token'),
+    (r'^embeddings\.position_embeddings$', 'pos_embed'),
+    (r'^embeddings\.patch_embeddings\.projection\.', 'patch_embed.proj.'),
+    (r'^(?:encoder\.layer|layers|encoder\.layers)\.(\d+)\.', r'blocks.\1.'),
+    (r'\.layernorm_before\.', '.norm1.'), (r'\.layernorm_after\.', '.norm2.'),
+    (r'\.attention\.attention\.(query|key|value)\.', r'.attn.\1.'),
+    (r'\.attention\.output\.dense\.', '.attn.proj.'),
     (r'\.attention\.(q|k|v)_proj\.', r'.attn.\1.'), (r'\.attention\.o_proj\.', '.attn.proj.'),
     (r'\.intermediate\.dense\.', '.mlp.fc1.'), (r'\.output\.dense\.', '.mlp.fc2.'),
-    (r'^layernorm\.', 'norm.'), (r'^(?:cls_)?classifier\.', 'head.'), (r'^distillation_classifier\.', 'head_dist.')]
+    (r'^layernorm\.', 'norm.'), (r'^(?:cls_)?classifier\.', 'head.'),
+    (r'^distillation_classifier\.', 'head_dist.')]
 
 def from_huggingface(state_dict: Mapping[str, Tensor], # of ViTModel, ViTForImageClassification, DeiT… (transformers)
                     ) -> dict[str, Tensor]:
-    "Hugging Face's names turned into ours; query, key and value are joined; the pooler, which ViT's paper does not have, is left out."
+    """Hugging Face's names turned into ours.
+
+    Query, key and value are joined; the pooler, which ViT's paper does not have, is left out."""
     unused = re.compile(r'^((vit|deit)\.)?pooler\.|embeddings\.mask_token$')
     out = renamed({k: v for k, v in state_dict.items() if not unused.search(k)}, _hf_names)
     return joined(joined(out, ('query', 'key', 'value')), 'qkv')
 
 # %% ../nbs/00_foundations/09_vit.ipynb #b9749197
-def vit_from_state_dict(state_dict: Mapping[str, Tensor],              # timm's or Hugging Face's, of a ViT or DeiT
-                        num_heads: int | None = None,                  # weights do not tell; default: heads of width 64, of 80 in ViT-H
-                        img_size: int | tuple[int, int] | None = None, # default: as trained, if that was square; positions are resized to another
-                       ) -> VisionTransformer:
-    "A VisionTransformer of the right size with these weights, in eval mode; gives what timm's or Hugging Face's model gives. ValueError if it is no ViT."
-    hf = any('embeddings.' in k for k in state_dict)
-    sd = from_huggingface(state_dict) if hf else dict(state_dict)
-    needed = {'patch_embed.proj.weight', 'pos_embed', 'blocks.0.mlp.fc1.weight'}
-    if absent := needed - set(sd): raise ValueError(f'state_dict is of no ViT that is known here: it has no {", ".join(sorted(absent))}')
-    dim, chans, p, q = sd['patch_embed.proj.weight'].shape
-    if 'dist_token' in sd and 'head_dist.weight' not in sd: sd['reg_token'] = sd.pop('dist_token')   # no head listens to it: a register
-    distilled, cls = 'dist_token' in sd, 'cls_token' in sd
-    regs = sd['reg_token'].shape[1] if 'reg_token' in sd else 0
-    prefix, placed = cls + distilled + regs, sd['pos_embed'].shape[1]
-    square = lambda n: round(n ** .5) ** 2 == n
-    told = sd.pop('pos_grid', None)
-    no_embed_class = placed == int(told.prod()) if told is not None else not square(placed - prefix) and square(placed)
-    size = None if img_size is None else pair(img_size)
-    want = (1, 1) if size is None else (size[0] // p, size[1] // q)
-    grid = trained_grid(placed - (0 if no_embed_class else prefix), want, told)
-    if size is None: size = (grid[0] * p, grid[1] * q)
-    avg = 'fc_norm.weight' in sd or not cls
-    gamma = sd.get('blocks.0.ls1.gamma')
-    model = VisionTransformer(
-        size, (p, q), chans, sd['head.weight'].shape[0] if 'head.weight' in sd else 0, 'avg' if avg else 'token', dim,
-        depth=1 + max(int(k.split('.')[1]) for k in sd if k.startswith('blocks.')), num_heads=num_heads or (16 if dim == 1280 else max(dim // 64, 1)),
-        mlp_ratio=sd['blocks.0.mlp.fc1.weight'].shape[0] / dim, qkv_bias='blocks.0.attn.qkv.bias' in sd, qk_norm='blocks.0.attn.q_norm.weight' in sd,
-        init_values=None if gamma is None else 1., class_token=cls, reg_tokens=regs, no_embed_class=no_embed_class, distilled=distilled,
-        norm_eps=1e-12 if hf else 1e-6)
-    sd['pos_embed'] = resize_position(sd['pos_embed'], grid, model.grid_size, 0 if no_embed_class else prefix)
-    load_weights(model, sd)
-    return model.eval()
+def vit_from_state_dict(
+    state_dict: Mapping[str, Tensor], # timm's or Hugging Face's, of a ViT or DeiT
+    num_heads: int | None = None,     # weights do not tell; default: heads of width 64, of 80 in ViT-H
+    img_size: int | tuple[int, int] | None = None, # default: as trained, if that was square; else positions are resized
+) -> VisionTransformer:
+    """A VisionTransformer of the right size with these weights, in eval mode.
+
+    It gives what timm's or Hugging Face's model gives. ValueError if it is no ViT."""
+    return VisionTransformer.from_official(state_dict, num_heads=num_heads, img_size=img_size)

@@ -34,7 +34,9 @@ def _read(file: io.IOBase, name: str) -> Any:
         raise ValueError(f'{unreadable}: {(str(e) or type(e).__name__).splitlines()[0]}') from None
 
 def _nested(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    "What `vitbook.train.save_checkpoint` wrote flat, '/model/head.bias', by its parts; else as it is."
+    """What `vitbook.train.save_checkpoint` wrote flat, '/model/head.bias', by its parts.
+
+    Else as it is."""
     if not tensors or not all(re.match(r'/[^/]+/.', name) for name in tensors): return tensors
     parts = {}
     for name, value in tensors.items():
@@ -87,7 +89,8 @@ def _raw(source: Any, key: str | None) -> dict[str, Tensor]:
     if isinstance(source, Mapping): return _found(source, key, 'the dictionary')
     if hasattr(source, 'read'):
         return _found(_read(io.BytesIO(source.read()), 'path_or_file'), key, 'path_or_file')
-    with open(source, 'rb') as file: return _found(_read(file, os.fspath(source)), key, os.fspath(source))
+    with open(source, 'rb') as file:
+        return _found(_read(file, os.fspath(source)), key, os.fspath(source))
 
 def read_weights(
     path_or_file: str | os.PathLike | io.IOBase | Mapping, # or what such a file holds, in memory
@@ -110,7 +113,8 @@ def renamed(
     for old, value in weights.items():
         name = old
         for pattern, new in table: name = re.sub(pattern, new, name)
-        if name in out: raise ValueError(f'weights: two entries would be called {name}, one of them is {old}')
+        if name in out:
+            raise ValueError(f'weights: two entries would be called {name}, one of them is {old}')
         out[name] = value
     return out
 
@@ -128,7 +132,8 @@ def joined(
         at, dot, part = layer.rpartition('.')
         names = [f'{at}{dot}{p}.{leaf}' for p in parts]
         if part not in parts or any(k not in weights for k in names): out[name] = value
-        elif part == parts[0]: out[f'{at}{dot}{whole}.{leaf}'] = torch.cat([weights[k] for k in names])
+        elif part == parts[0]:
+            out[f'{at}{dot}{whole}.{leaf}'] = torch.cat([weights[k] for k in names])
     return out
 
 def known_heads(
@@ -137,7 +142,9 @@ def known_heads(
     published: Mapping[int, int], # width -> heads of the published models
     name: str = 'num_heads',
 ) -> int:
-    "The number of heads, which weights do not tell. ValueError for a width that no published model has."
+    """The number of heads, which weights do not tell.
+
+    ValueError for a width that no published model has."""
     if num_heads is not None: return num_heads
     if width in published: return published[width]
     raise ValueError(f'{name} must be given: the weights do not tell it, and no published model is '
@@ -158,7 +165,8 @@ def _misfits(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str
 def _with_counters(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "The weights, with 0 for the counter of each BatchNorm whose mean they have."
     last = '.num_batches_tracked'
-    lacking = [k for k in own if k.endswith(last) and k.removesuffix(last) + '.running_mean' in given]
+    lacking = [k for k in own
+               if k.endswith(last) and k.removesuffix(last) + '.running_mean' in given]
     return {k: torch.tensor(0) for k in lacking if k not in given} | dict(given)
 
 def load_weights(model: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
@@ -187,8 +195,10 @@ def _put(model: nn.Module, own: Mapping[str, Tensor], given: Mapping[str, Tensor
     if computed: raise ValueError(f'model is on the meta device and computes {_few(computed)} by itself, '
                                   'which no weights hold: make it on the CPU')
     shared = {}
-    for name, p in model.named_parameters(remove_duplicate=False): shared.setdefault(p, []).append(name)
-    model.load_state_dict({k: v.to(own.get(k, v).dtype, copy=True) for k, v in given.items()}, assign=True)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(p, []).append(name)
+    model.load_state_dict({k: v.to(own.get(k, v).dtype, copy=True) for k, v in given.items()},
+                          assign=True)
     for first, *others in shared.values():
         for layer, _, leaf in (name.rpartition('.') for name in others):
             setattr(model.get_submodule(layer), leaf, model.get_parameter(first))
@@ -262,11 +272,14 @@ class ClassOrObject:
         return call
 
 def _made(cls: type, weights: Mapping[str, Tensor], told: Sequence, changes: dict[str, Any]) -> nn.Module:
-    "A model of the sizes that the weights have; what `official_arguments` asks for is among the changes."
+    """A model of the sizes that the weights have.
+
+    What `official_arguments` asks for is among the changes."""
     asked = list(inspect.signature(cls.official_arguments).parameters)[1:]
     known = inspect.signature(cls).parameters
     for name in changes:
-        if name not in known and name not in asked: raise ValueError(f'{cls.__name__} has no argument {name!r}')
+        if name not in known and name not in asked:
+            raise ValueError(f'{cls.__name__} has no argument {name!r}')
     answers = {k: v for k, v in changes.items() if k in asked}
     arguments = cls.official_arguments(weights, *told, **answers)
     return cls(**arguments | {k: v for k, v in changes.items() if k not in asked})

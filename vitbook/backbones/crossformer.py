@@ -53,7 +53,8 @@ class CrossScaleEmbed(nn.Module):
         self.projs = nn.ModuleList(nn.Conv2d(in_chans, d, k, stride, (k - stride) // 2) for k, d in zip(kernels, split_widths(dim, len(kernels))))
 
     def forward(self, x: Float[Tensor, 'b i y x']) -> Float[Tensor, 'b v u d']:
-        x = x.contiguous(memory_format=torch.channels_last)              # several times faster on the CPU, and tokens come out as rows
+        # channels last: several times faster on the CPU, and tokens come out as rows
+        x = x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
         return torch.cat([self.by_cells(proj, x) if self.in_cells(proj) else proj(x).permute(0, 2, 3, 1) for proj in self.projs], -1)
 
     def in_cells(self, proj: nn.Conv2d) -> bool:

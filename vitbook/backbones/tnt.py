@@ -110,9 +110,11 @@ class SEMlp(Mlp):
 
 # %% ../../nbs/03_backbones/03_tnt.ipynb #71d7de54
 class WordAttention(Attention):
-    """`Attention` for sequences of a few tokens, faster on a CPU and most of all in training: one head after the other, in plain products of views. The same numbers, and the same parameters.
+    """`Attention` for sequences of a few tokens on a CPU: one head after the other, in plain products of views.
 
-    `Attention` itself computes whatever is asked for on other devices, for 32 tokens or more, with a mask, bias, rotation or a chosen `backend`, and under a probe (`see.recording`)."""
+    The same numbers, and the same parameters.
+
+    `Attention` itself computes whatever is asked for on other devices, for 32 tokens or more, with a mask, bias, rotation or a chosen `backend`, and under a probe (`probe.recording`)."""
     def forward(self,
                 x: Float[Tensor, 'p m c'],
                 mask: Bool[Tensor, '...'] | None = None,

@@ -28,16 +28,19 @@ class Veil(NamedTuple):
 def behind(images: Float[Tensor, '*b y x'], # 0 … 1, channels included
            veil: Veil,
           ) -> Float[Tensor, '*b y x']:
-    "Pictures seen through a veil: (1 - alpha) J + alpha L. ValueError for another range than 0 … 1."
+    """Pictures seen through a veil: (1 - alpha) J + alpha L.
+
+    ValueError for another range than 0 … 1."""
     check_range(images=images)
     alpha, light = (t.to(images) for t in veil)
-    return images + alpha * (light - images)         # alpha = 0 leaves a picture as it is, to the last bit
+    return images + alpha * (light - images)  # alpha = 0 leaves a picture as it is, to the last bit
 
 # %% ../../nbs/00_foundations/18_degradations.ipynb #b944be69
 def _generator(seed: int | Sequence[int]) -> np.random.RandomState:
     "NumPy promises that RandomState's numbers never change; a list of numbers is a seed too."
     parts = [int(s) for s in ([seed] if isinstance(seed, int) else seed)]
-    if not parts or not all(0 <= s < 2 ** 32 for s in parts): raise ValueError(f'seed must be numbers in 0 … 2**32 - 1, got {seed}')
+    if not parts or not all(0 <= s < 2 ** 32 for s in parts):
+        raise ValueError(f'seed must be numbers in 0 … 2**32 - 1, got {seed}')
     return np.random.RandomState(parts[0] if isinstance(seed, int) else parts)
 
 def _check(severity: int | float, **positive: int | float):
@@ -46,7 +49,8 @@ def _check(severity: int | float, **positive: int | float):
         if not value > 0: raise ValueError(f'{name} must be positive, got {value}')
 
 def _room(size: Sequence[int]) -> tuple[int, int]:
-    if len(size) != 2 or min(size) < 1: raise ValueError(f'size must be rows and columns, got {tuple(size)}')
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f'size must be rows and columns, got {tuple(size)}')
     return int(size[0]), int(size[1])
 
 def _mirror(n: int, before: int, after: int) -> np.ndarray:
@@ -88,7 +92,9 @@ def snow(size: tuple[int, int],            # rows, columns
     most = math.ceil(.05 * size[0] * size[1] / scale ** 2)
     flakes = rng.uniform(0, 1, (most, 4))[:round(severity * most)]
     radius = torch.from_numpy(scale * (.8 + 1.2 * flakes[:, 2])).float()[:, None]
-    return _paint(size, flakes[:, :2] * size, math.ceil(2 * scale) + 2, lambda dy, dx: .9 * (radius - torch.hypot(dy, dx) + .5).clamp(0, 1), .85 + .1 * flakes[:, 3])
+    return _paint(size, flakes[:, :2] * size, math.ceil(2 * scale) + 2,
+                  lambda dy, dx: .9 * (radius - torch.hypot(dy, dx) + .5).clamp(0, 1),
+                  .85 + .1 * flakes[:, 3])
 
 # %% ../../nbs/00_foundations/18_degradations.ipynb #29b59644
 def rain(size: tuple[int, int],            # rows, columns
@@ -103,11 +109,14 @@ def rain(size: tuple[int, int],            # rows, columns
     most = math.ceil(.03 * size[0] * size[1] / scale ** 2)
     streaks = rng.uniform(0, 1, (most, 6))[:round(severity * most)]
     column = lambda i, low, high: torch.from_numpy(low + (high - low) * streaks[:, i]).float()[:, None]
-    half, width, opacity = column(2, 4, 8) * scale, column(3, .4, .8) * scale, column(4, .4, .7) * (.4 + .6 * severity)
+    half, width = column(2, 4, 8) * scale, column(3, .4, .8) * scale
+    opacity = column(4, .4, .7) * (.4 + .6 * severity)
     def cover(dy, dx):
-        along, across = dy * math.cos(slant) + dx * math.sin(slant), dx * math.cos(slant) - dy * math.sin(slant)
+        along = dy * math.cos(slant) + dx * math.sin(slant)
+        across = dx * math.cos(slant) - dy * math.sin(slant)
         return opacity * (width - across.abs() + .5).clamp(0, 1) * (half - along.abs()).clamp_min(0).div(half).mul(2).clamp_max(1)
-    return _paint(size, streaks[:, :2] * size, math.ceil(8 * scale) + 2, cover, .75 + .2 * streaks[:, 5])
+    return _paint(size, streaks[:, :2] * size, math.ceil(8 * scale) + 2, cover,
+                  .75 + .2 * streaks[:, 5])
 
 # %% ../../nbs/00_foundations/18_degradations.ipynb #981b8fc0
 def haze(size: tuple[int, int],                       # rows, columns
@@ -115,14 +124,18 @@ def haze(size: tuple[int, int],                       # rows, columns
          seed: int | Sequence[int] = 0,
          depth: Float[Tensor, 'y x'] | None = None,   # of the scene, about 0 … 1; None: made up
         ) -> Veil:
-    "Mist that thickens with distance: alpha = 1 - exp(-beta depth), and the grey of the air. ValueError if the depth is not of this size."
+    """Mist that thickens with distance: alpha = 1 - exp(-beta depth), and the grey of the air.
+
+    ValueError if the depth is not of this size."""
     _check(severity)
     size, rng = _room(size), _generator(seed)
     air, hills = rng.uniform(.75, .95), torch.from_numpy(rng.uniform(-1, 1, (1, 1, 4, 4))).float()
     if depth is None:
         far = torch.linspace(1, .3, size[0])[:, None]
-        depth = (far + .25 * F.interpolate(hills, size, mode='bicubic', align_corners=True)[0, 0]).clamp(.05, 1.25)
-    elif tuple(depth.shape) != size: raise ValueError(f'depth must be {size[0]}x{size[1]}, got {tuple(depth.shape)}')
+        depth = (far + .25 * F.interpolate(hills, size, mode='bicubic',
+                                           align_corners=True)[0, 0]).clamp(.05, 1.25)
+    elif tuple(depth.shape) != size:
+        raise ValueError(f'depth must be {size[0]}x{size[1]}, got {tuple(depth.shape)}')
     return Veil(-torch.expm1(-3 * severity * depth.float()), torch.full(size, air))
 
 # %% ../../nbs/00_foundations/18_degradations.ipynb #82435218
@@ -130,7 +143,9 @@ def noise(images: Float[Tensor, '*b y x'], # 0 … 1
           severity: int | float = .5,
           seed: int | Sequence[int] = 0,
          ) -> Float[Tensor, '*b y x']:
-    "Gaussian noise of standard deviation severity / 4, clipped to 0 … 1. ValueError for pictures of another range."
+    """Gaussian noise of standard deviation severity / 4, clipped to 0 … 1.
+
+    ValueError for pictures of another range."""
     check_range(images=images)
     _check(severity)
     if severity == 0: return images.clone()
@@ -140,13 +155,17 @@ def blur(images: Float[Tensor, '*b y x'], # of any range
          severity: int | float = .5,
          scale: int | float = 1.,
         ) -> Float[Tensor, '*b y x']:
-    "Gaussian blur of standard deviation 4 scale severity pixels; the borders are mirrored. ValueError for whole numbers."
-    if not images.is_floating_point(): raise ValueError(f'images: got {str(images.dtype).removeprefix("torch.")}, wanted floats')
+    """Gaussian blur of standard deviation 4 scale severity pixels; the borders are mirrored.
+
+    ValueError for whole numbers."""
+    if not images.is_floating_point():
+        raise ValueError(f'images: got {str(images.dtype).removeprefix("torch.")}, wanted floats')
     _check(severity, scale=scale)
     if severity == 0: return images.clone()
     sigma = 4. * scale * severity
     reach = math.ceil(3 * sigma)
-    kernel = torch.exp(-torch.arange(-reach, reach + 1, device=images.device).double().square() / (2 * sigma ** 2))
+    kernel = torch.exp(-torch.arange(-reach, reach + 1,
+                                     device=images.device).double().square() / (2 * sigma ** 2))
     kernel = (kernel / kernel.sum()).to(images)
     y, x = images.shape[-2:]
     rows, cols = (torch.from_numpy(_mirror(n, reach, reach)).to(images.device) for n in (y, x))
@@ -158,7 +177,9 @@ def low_light(images: Float[Tensor, '*b y x'], # 0 … 1
               severity: int | float = .5,
               seed: int | Sequence[int] = 0,
              ) -> Float[Tensor, '*b y x']:
-    "A sixteenth of the light at severity 1, with the noise of few photons. ValueError for another range than 0 … 1."
+    """A sixteenth of the light at severity 1, with the noise of few photons.
+
+    ValueError for another range than 0 … 1."""
     check_range(images=images)
     _check(severity)
     if severity == 0: return images.clone()
@@ -175,17 +196,24 @@ def degrade(images: Float[Tensor, '*b c y x'],   # 0 … 1
             seed: int | Sequence[int] = 0,
             scale: int | float = 1.,             # lengths in pixels of rain, snow and blur grow with it
            ) -> Float[Tensor, '*b c y x']:
-    "Pictures with weather, darkness, noise or blur; each picture with its own, all the same for the same seed. ValueError for an unknown kind, or another range than 0 … 1."
+    """Pictures with weather, darkness, noise or blur.
+
+    Each picture with its own, all the same for the same seed. ValueError for an unknown kind, or
+    another range than 0 … 1."""
     check_range(images=images)
     names = kinds.split('+')
     for name in names:
-        if name not in KINDS: raise ValueError(f'kinds must be some of {", ".join(KINDS)}, joined by +, got {kinds!r}')
+        if name not in KINDS:
+            raise ValueError(f'kinds must be some of {", ".join(KINDS)}, joined by +, got '
+                             f'{kinds!r}')
     seeds = [seed] if isinstance(seed, int) else list(seed)
     size, out = tuple(images.shape[-2:]), []
     for i, image in enumerate(images.reshape(-1, *images.shape[-3:])):
         for step, name in enumerate(names):
             own = [*seeds, i, step]
-            if name in ('rain', 'snow'): image = behind(image, {'rain': rain, 'snow': snow}[name](size, severity, own, scale))
+            if name in ('rain', 'snow'):
+                image = behind(image,
+                               {'rain': rain, 'snow': snow}[name](size, severity, own, scale))
             elif name == 'haze': image = behind(image, haze(size, severity, own))
             elif name == 'blur': image = blur(image, severity, scale)
             else: image = {'noise': noise, 'low_light': low_light}[name](image, severity, own)
@@ -199,18 +227,24 @@ def crops(images: Mapping[str, Tensor] | Sequence[Tensor], # pictures 'c y x', b
           seed: int | Sequence[int] = 0,
           turn: bool = True,                               # mirrored and turned by right angles at random
          ) -> Float[Tensor, 'n c y x']:
-    "Squares cut at random, each picture as often as the next. ValueError if a picture is too small."
+    """Squares cut at random, each picture as often as the next.
+
+    ValueError if a picture is too small."""
     several = list(images.values() if isinstance(images, Mapping) else images)
     if n < 1 or size < 1: raise ValueError(f'n and size must be at least 1, got {n} and {size}')
     if not several: raise ValueError('images must hold at least one picture')
     for p in several:
-        if p.dim() != 3 or min(p.shape[1:]) < size: raise ValueError(f'images must be (c y x) and at least {size}x{size}, got {tuple(p.shape)}')
+        if p.dim() != 3 or min(p.shape[1:]) < size:
+            raise ValueError(f'images must be (c y x) and at least {size}x{size}, got '
+                             f'{tuple(p.shape)}')
     rng, out = _generator(seed), []
     for _ in range(n):
-        p, (u, v), (quarter, mirror) = several[rng.randint(len(several))], rng.uniform(0, 1, 2), rng.randint(0, 4, 2)
+        p, (u, v) = several[rng.randint(len(several))], rng.uniform(0, 1, 2)
+        (quarter, mirror) = rng.randint(0, 4, 2)
         y, x = int(u * (p.shape[1] - size + 1)), int(v * (p.shape[2] - size + 1))
         square = p[:, y:y + size, x:x + size]
-        if turn: square = torch.rot90(square.flip(2) if mirror % 2 else square, int(quarter), (1, 2))
+        if turn:
+            square = torch.rot90(square.flip(2) if mirror % 2 else square, int(quarter), (1, 2))
         out.append(square)
     return torch.stack(out)
 
@@ -226,40 +260,59 @@ class Pairs:
                  scale: int | float = 1.,
                  turn: bool = True,
                  seed: int = 0):
-        if isinstance(kinds, str) or not kinds: raise ValueError(f'kinds must be a list of kinds, got {kinds!r}')
-        if not 0 <= severity[0] <= severity[1] <= 1: raise ValueError(f'severity must be low and high in 0 … 1, got {severity}')
-        self.images, self.kinds, self.size, self.batch_size, self.severity, self.scale, self.turn, self.seed = images, tuple(kinds), size, batch_size, severity, scale, turn, seed
-        for picture in images.values() if isinstance(images, Mapping) else images: check_range(images=picture)
+        if isinstance(kinds, str) or not kinds:
+            raise ValueError(f'kinds must be a list of kinds, got {kinds!r}')
+        if not 0 <= severity[0] <= severity[1] <= 1:
+            raise ValueError(f'severity must be low and high in 0 … 1, got {severity}')
+        self.images, self.kinds, self.size = images, tuple(kinds), size
+        self.batch_size, self.severity, self.scale = batch_size, severity, scale
+        self.turn, self.seed = turn, seed
+        for picture in images.values() if isinstance(images, Mapping) else images:
+            check_range(images=picture)
         for kind in self.kinds: degrade(torch.zeros(1, 1, 1), kind, 0)
 
     def at(self, step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
         "The batch of this step, for this process."
         key = [self.seed, step * world + rank]
-        clean, rng = crops(self.images, self.batch_size, self.size, [*key, 0], self.turn), _generator([*key, 1])
-        drawn = [(self.kinds[rng.randint(len(self.kinds))], rng.uniform(*self.severity)) for _ in range(self.batch_size)]
-        return torch.stack([degrade(c, kind, s, [*key, 2 + i], self.scale) for i, (c, (kind, s)) in enumerate(zip(clean, drawn))]), clean
+        clean = crops(self.images, self.batch_size, self.size, [*key, 0], self.turn)
+        rng = _generator([*key, 1])
+        drawn = [(self.kinds[rng.randint(len(self.kinds))], rng.uniform(*self.severity))
+                 for _ in range(self.batch_size)]
+        return torch.stack([degrade(c, kind, s, [*key, 2 + i], self.scale)
+                            for i, (c, (kind, s)) in enumerate(zip(clean, drawn))]), clean
 
 # %% ../../nbs/00_foundations/18_degradations.ipynb #d67f4548
 def y_channel(images: Float[Tensor, '*b 3 y x'], # RGB, 0 … 1
              ) -> Float[Tensor, '*b 1 y x']:     # 16/255 … 235/255
-    "Brightness as television and most restoration papers have it (ITU-R BT.601, studio range). ValueError for another range than 0 … 1."
+    """Brightness as television and most restoration papers have it (ITU-R BT.601, studio range).
+
+    ValueError for another range than 0 … 1."""
     check_range(beyond=1, images=images)
     r, g, b = images.unbind(-3)
     return ((65.481 * r + 128.553 * g + 24.966 * b + 16) / 255).unsqueeze(-3)
 
 def _ready(restored: Tensor, clean: Tensor, channel: str, border: int) -> tuple[Tensor, Tensor]:
     check_range(clean=clean)
-    check_range(beyond=16, restored=restored)                          # a network that has gone astray is still judged
-    if channel not in ('rgb', 'y'): raise ValueError(f"channel must be 'rgb' or 'y', got {channel!r}")
-    if restored.shape != clean.shape: raise ValueError(f'restored and clean must have one shape, got {tuple(restored.shape)} and {tuple(clean.shape)}')
-    if channel == 'y' and clean.shape[1] != 3: raise ValueError(f'channel y needs pictures of 3 channels, got {clean.shape[1]}')
-    if border < 0 or 2 * border >= min(clean.shape[2:]): raise ValueError(f'border must leave some of the {clean.shape[2]}x{clean.shape[3]} pixels, got {border}')
-    pair = (t.detach().double().clamp(0, 1)[..., border:t.shape[2] - border, border:t.shape[3] - border] for t in (restored, clean))
+    check_range(beyond=16, restored=restored)  # a network that has gone astray is still judged
+    if channel not in ('rgb', 'y'):
+        raise ValueError(f"channel must be 'rgb' or 'y', got {channel!r}")
+    if restored.shape != clean.shape:
+        raise ValueError(f'restored and clean must have one shape, got {tuple(restored.shape)} '
+                         f'and {tuple(clean.shape)}')
+    if channel == 'y' and clean.shape[1] != 3:
+        raise ValueError(f'channel y needs pictures of 3 channels, got {clean.shape[1]}')
+    if border < 0 or 2 * border >= min(clean.shape[2:]):
+        raise ValueError(f'border must leave some of the {clean.shape[2]}x{clean.shape[3]} '
+                         f'pixels, got {border}')
+    pair = (
+        t.detach().double().clamp(0, 1)[..., border:t.shape[2] - border, border:t.shape[3] - border]
+        for t in (restored, clean))
     return tuple(y_channel(t) if channel == 'y' else t for t in pair)
 
 def _torchmetrics():
     try: from torchmetrics.functional import image
-    except ImportError as e: raise ImportError("PSNR and SSIM need torchmetrics: pip install 'vitbook[train]'") from e
+    except ImportError as e:
+        raise ImportError("PSNR and SSIM need torchmetrics: pip install 'vitbook[train]'") from e
     return image
 
 def psnr(restored: Float[Tensor, 'b c y x'], # 0 … 1; what a network has put a little outside is clipped
@@ -267,23 +320,30 @@ def psnr(restored: Float[Tensor, 'b c y x'], # 0 … 1; what a network has put a
          *, channel: str = 'rgb',            # 'rgb': all channels there are; 'y': brightness
          border: int = 0,                    # pixels at each edge that do not count
         ) -> Float[Tensor, 'b']:             # decibels; inf where both are equal
-    "Peak signal-to-noise ratio of each picture. ValueError for pictures of another range, such as 0 … 255."
+    """Peak signal-to-noise ratio of each picture.
+
+    ValueError for pictures of another range, such as 0 … 255."""
     a, b = _ready(restored, clean, channel, border)
-    return _torchmetrics().peak_signal_noise_ratio(a, b, data_range=1., reduction='none', dim=(1, 2, 3)).float()
+    return _torchmetrics().peak_signal_noise_ratio(a, b, data_range=1., reduction='none',
+                                                   dim=(1, 2, 3)).float()
 
 def ssim(restored: Float[Tensor, 'b c y x'], clean: Float[Tensor, 'b c y x'], # 0 … 1, as in `psnr`
          *, channel: str = 'rgb', border: int = 0, # as in `psnr`
         ) -> Float[Tensor, 'b']:                   # at most 1
     "Structural similarity of each picture: Gaussian windows of 11 pixels, standard deviation 1.5, that lie inside. ValueError below 11 pixels."
     a, b = _ready(restored, clean, channel, border)
-    if min(a.shape[2:]) < 11: raise ValueError(f'ssim needs sides of at least 11 pixels, got {a.shape[2]}x{a.shape[3]}')
-    _, each = _torchmetrics().structural_similarity_index_measure(a, b, data_range=1., reduction='none', return_full_image=True)
-    return each[..., 5:-5, 5:-5].mean((1, 2, 3)).float()     # whole windows only; torchmetrics' own mean takes in the mirrored border
+    if min(a.shape[2:]) < 11:
+        raise ValueError(f'ssim needs sides of at least 11 pixels, got {a.shape[2]}x{a.shape[3]}')
+    _, each = _torchmetrics().structural_similarity_index_measure(
+        a, b, data_range=1., reduction='none', return_full_image=True)
+    # whole windows only; torchmetrics' own mean takes in the mirrored border
+    return each[..., 5:-5, 5:-5].mean((1, 2, 3)).float()
 
 def quality(restored: Float[Tensor, 'b c y x'], clean: Float[Tensor, 'b c y x']) -> dict[str, float]:
     "Mean PSNR and SSIM over the pictures, on RGB and, for pictures with three channels, on Y."
     channels = ('rgb', 'y') if clean.shape[1] == 3 else ('rgb',)
-    return {f'{name} {c}': f(restored, clean, channel=c).mean().item() for c in channels for name, f in (('PSNR', psnr), ('SSIM', ssim))}
+    return {f'{name} {c}': f(restored, clean, channel=c).mean().item() for c in channels
+            for name, f in (('PSNR', psnr), ('SSIM', ssim))}
 
 # %% ../../nbs/00_foundations/18_degradations.ipynb #02f31f4a
 def pad_to_multiple(images: Float[Tensor, '*b y x'], multiple: int) -> Float[Tensor, '*b Y X']:
@@ -301,12 +361,15 @@ def restore(model: Callable[[Tensor], Tensor],    # pictures in, pictures of the
             *, multiple: int = 8,                 # sides that the model takes
             batch_size: int = 1,                  # pictures at once: a photograph needs a lot of memory
            ) -> Float[Tensor, 'b c y x']:
-    """Whole pictures through a network: padded, in eval mode, cut back, clipped to 0 … 1. Every module's mode is as before afterwards.
+    """Whole pictures through a network: padded, in eval mode, cut back, clipped to 0 … 1.
+
+    Every module's mode is as before afterwards.
 
     ValueError for pictures of another range."""
     check_range(beyond=1, images=images)
     if batch_size < 1: raise ValueError(f'batch_size must be at least 1, got {batch_size}')
-    with eval_mode(model): done = [model(pad_to_multiple(part, multiple)) for part in images.split(batch_size)]
+    with eval_mode(model):
+        done = [model(pad_to_multiple(part, multiple)) for part in images.split(batch_size)]
     return torch.cat(done)[..., :images.shape[2], :images.shape[3]].clamp(0, 1)
 
 # %% ../../nbs/00_foundations/18_degradations.ipynb #5e5f8937
@@ -314,7 +377,9 @@ def wiped(before: Float[Tensor, 'c y x'], after: Float[Tensor, 'c y x'],
           at: int | float = .5,             # share of the width that shows `before`
          ) -> Float[Tensor, 'c y x']:
     "Two pictures in one: left of a thin line the first, right of it the second."
-    if before.shape != after.shape: raise ValueError(f'before and after must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}')
+    if before.shape != after.shape:
+        raise ValueError(f'before and after must have one shape, got {tuple(before.shape)} and '
+                         f'{tuple(after.shape)}')
     if not 0 <= at <= 1: raise ValueError(f'at must be in 0 … 1, got {at}')
     column = round(at * before.shape[2])
     out = torch.cat([before[..., :column], after[..., column:]], -1)
@@ -327,14 +392,18 @@ def _png(image: Tensor) -> str:
     Image.fromarray(im).save(file := io.BytesIO(), 'png', optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
-def before_after(before: Float[Tensor, 'c y x'], after: Float[Tensor, 'c y x'],  # 0 … 1
-                 *, title: str,                                  # says what is to be seen; also the accessible name
+def before_after(before: Float[Tensor, 'c y x'], after: Float[Tensor, 'c y x'], # 0 … 1
+                 *, title: str,         # says what is to be seen; also the accessible name
                  labels: tuple[str, str] = ('before', 'after'),
-                 width: int = 480,                               # of the picture on the page, in CSS pixels
-                 at: int | float = .5):                          # where the edge is at first, share of the width
-    "One picture over the other with an edge to drag: works without a kernel and loads nothing. ValueError if the shapes differ, or for another range than 0 … 1."
+                 width: int = 480,      # of the picture on the page, in CSS pixels
+                 at: int | float = .5): # where the edge is at first, share of the width
+    """One picture over the other with an edge to drag: works without a kernel and loads nothing.
+
+    ValueError if the shapes differ, or for another range than 0 … 1."""
     check_range(beyond=1, before=before, after=after)
-    if before.shape != after.shape: raise ValueError(f'before and after must have one shape, got {tuple(before.shape)} and {tuple(after.shape)}')
+    if before.shape != after.shape:
+        raise ValueError(f'before and after must have one shape, got {tuple(before.shape)} and '
+                         f'{tuple(after.shape)}')
     if not 0 <= at <= 1: raise ValueError(f'at must be in 0 … 1, got {at}')
     height, say = round(width * before.shape[1] / before.shape[2]), html.escape
     sharp = 'pixelated' if width >= 2 * before.shape[2] else 'auto'

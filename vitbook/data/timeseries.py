@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TimeSeries', 'read_csv', 'generated', 'ett_table', 'Parts', 'ett_parts', 'share_parts', 'Scaler', 'Window', 'Windows',
-           'Sets', 'forecasting_sets', 'calendar', 'mse', 'mae', 'rmse', 'mape', 'smape', 'mase', 'Scores', 'evaluate',
-           'last_value', 'last_season']
+           'Sets', 'forecasting_sets', 'calendar', 'difference', 'mse', 'mae', 'rmse', 'mape', 'smape', 'mase',
+           'Scores', 'evaluate', 'last_value', 'last_season']
 
 # %% ../../nbs/00_foundations/17_series.ipynb #e39d1d93
 import csv, io, math, re
@@ -30,15 +30,20 @@ class TimeSeries:
 
     def __post_init__(self):
         if self.values.shape != (len(self.times), len(self.columns)):
-            raise ValueError(f'values: got {tuple(self.values.shape)} for {len(self.times)} times and {len(self.columns)} columns')
+            raise ValueError(f'values: got {tuple(self.values.shape)} for {len(self.times)} times '
+                             f'and {len(self.columns)} columns')
 
     def __len__(self) -> int: return len(self.times)
-    def __getitem__(self, rows: slice) -> 'TimeSeries': return TimeSeries(self.columns, self.values[rows], self.times[rows])
+    def __getitem__(self, rows: slice) -> 'TimeSeries':
+        return TimeSeries(self.columns, self.values[rows], self.times[rows])
 
     def only(self, *columns: str) -> 'TimeSeries':
         "The series with these columns, in this order. ValueError for an unknown one."
-        if unknown := [c for c in columns if c not in self.columns]: raise ValueError(f'columns: got {unknown[0]!r}, wanted some of {", ".join(self.columns)}')
-        return TimeSeries(columns, self.values[:, [self.columns.index(c) for c in columns]], self.times)
+        if unknown := [c for c in columns if c not in self.columns]:
+            raise ValueError(f'columns: got {unknown[0]!r}, wanted some of '
+                             f'{", ".join(self.columns)}')
+        return TimeSeries(
+            columns, self.values[:, [self.columns.index(c) for c in columns]], self.times)
 
     def dates(self) -> np.ndarray:
         "The times as numpy's datetime64, in seconds."
@@ -48,15 +53,19 @@ class TimeSeries:
 _DATE = re.compile(r'\d{4}-\d{2}(-\d{2}([T ]\d{2}(:\d{2}(:\d{2}(\.\d+)?)?)?)?)?')
 
 def _moment(text: str) -> np.datetime64:
-    "To the second. Whatever is not written as a date is refused: numpy takes a plain number for a year."
-    if not _DATE.fullmatch(text.strip()): raise ValueError(f'{text!r} is no date as 2016-07-01 or 2016-07-01 05:00:00')
+    """To the second.
+
+    Whatever is not written as a date is refused: numpy takes a plain number for a year."""
+    if not _DATE.fullmatch(text.strip()):
+        raise ValueError(f'{text!r} is no date as 2016-07-01 or 2016-07-01 05:00:00')
     return np.datetime64(text.strip(), 's')
 
 def _number(text: str, column: str) -> float:
     "nan stands for a value that is missing; nothing else that is not finite goes through."
-    if '_' in text: raise ValueError(f'{column}: {text!r} is no number')         # to Python 1_000 is one
+    if '_' in text: raise ValueError(f'{column}: {text!r} is no number')  # to Python 1_000 is one
     number = float(text)
-    if abs(number) > torch.finfo(torch.float32).max: raise ValueError(f'{column}: {text!r} is no finite number')
+    if abs(number) > torch.finfo(torch.float32).max:
+        raise ValueError(f'{column}: {text!r} is no finite number')
     return number
 
 def read_csv(path: str | Path,
@@ -66,29 +75,41 @@ def read_csv(path: str | Path,
              ) -> TimeSeries:
     """A table with a header and a column of times.
 
-    ValueError names the line that is no row of it: too short or too long, not a finite number, no date (a row's number, seconds since 1970), or not later than the one before."""
+    ValueError names the line that is no row of it: too short or too long, not a finite number, no
+    date (a row's number, seconds since 1970), or not later than the one before."""
     try: text = Path(path).read_bytes().decode(encoding)
     except UnicodeDecodeError as e:
         line = e.object[:e.start].count(b'\n') + 1
-        raise ValueError(f'{path}: line {line} is not {encoding.removesuffix("-sig")} ({e.reason}); name its `encoding`, such as cp1252 or utf-16') from None
+        raise ValueError(f'{path}: line {line} is not {encoding.removesuffix("-sig")} '
+                         f'({e.reason}); name its `encoding`, such as cp1252 or utf-16') from None
     with io.StringIO(text, newline='') as f:
         lines = csv.reader(f)
         header = [name.strip() for name in next(lines, [])]
-        if time not in header: raise ValueError(f'{path}: has no column {time!r}, only {", ".join(header)}')
+        if time not in header:
+            raise ValueError(f'{path}: has no column {time!r}, only {", ".join(header)}')
         wanted = [name for name in header if name != time] if columns is None else list(columns)
-        if unknown := [name for name in wanted if name not in header]: raise ValueError(f'{path}: has no column {unknown[0]!r}, only {", ".join(header)}')
-        if twice := [name for name in (time, *wanted) if header.count(name) > 1]: raise ValueError(f'{path}: has more than one column {twice[0]!r}')
-        at, where, dates, values = header.index(time), [header.index(name) for name in wanted], [], []
+        if unknown := [name for name in wanted if name not in header]:
+            raise ValueError(f'{path}: has no column {unknown[0]!r}, only {", ".join(header)}')
+        if twice := [name for name in (time, *wanted) if header.count(name) > 1]:
+            raise ValueError(f'{path}: has more than one column {twice[0]!r}')
+        at, where, dates = header.index(time), [header.index(name) for name in wanted], []
+        values = []
         for number, line in enumerate(lines, 2):
             if not line: continue
             try:
                 if len(line) != len(header): raise ValueError(f'it has {len(line)}')
                 dates.append(_moment(line[at]))
                 values.append([_number(line[i], header[i]) for i in where])
-            except ValueError as e: raise ValueError(f'{path}: line {number} is no row of {len(header)} columns: {e}') from None
-            if len(dates) > 1 and not dates[-1] > dates[-2]: raise ValueError(f'{path}: line {number} ({line[at]}) is not later than the one before')
+            except ValueError as e:
+                raise ValueError(f'{path}: line {number} is no row of {len(header)} '
+                                 f'columns: {e}') from None
+            if len(dates) > 1 and not dates[-1] > dates[-2]:
+                raise ValueError(f'{path}: line {number} ({line[at]}) is not later than the one '
+                                 'before')
     if not dates: raise ValueError(f'{path}: has a header and no rows')
-    return TimeSeries(tuple(wanted), torch.tensor(values, dtype=torch.float32).view(len(dates), len(wanted)), torch.from_numpy(np.array(dates).astype(np.int64)))
+    return TimeSeries(tuple(wanted),
+                      torch.tensor(values, dtype=torch.float32).view(len(dates), len(wanted)),
+                      torch.from_numpy(np.array(dates).astype(np.int64)))
 
 # %% ../../nbs/00_foundations/17_series.ipynb #936a96a5
 def generated(steps: int = 2880,  # hours; 2880 are 120 days
@@ -103,7 +124,8 @@ def generated(steps: int = 2880,  # hours; 2880 are 120 days
 def ett_table(name: str = 'ETTh1',  # or 'ETTh2'
               ) -> TimeSeries:
     "Hourly load (6 columns) and oil temperature (OT) of a transformer with their dates, when found or fetched. Source: arXiv:2012.07436, sec. 5.1."
-    if name not in ('ETTh1', 'ETTh2'): raise ValueError(f"name: got {name!r}, wanted 'ETTh1' or 'ETTh2'")
+    if name not in ('ETTh1', 'ETTh2'):
+        raise ValueError(f"name: got {name!r}, wanted 'ETTh1' or 'ETTh2'")
     return read_csv(find('ett', f'ETT-small/{name}.csv'))
 
 # %% ../../nbs/00_foundations/17_series.ipynb #cda7f011
@@ -124,14 +146,18 @@ def share_parts(rows: int,
                 test: float = .2,   # likewise; validation gets what is left between them
                 ) -> Parts:
     "Parts by share, as for the other tables of the literature."
-    if not (0 < train < 1 and 0 <= test < 1 and train + test <= 1): raise ValueError(f'train, test: got {train} and {test}, wanted shares that add up to at most 1')
+    if not (0 < train < 1 and 0 <= test < 1 and train + test <= 1):
+        raise ValueError(f'train, test: got {train} and {test}, wanted shares that add up to at '
+                         'most 1')
     first, last = int(rows * train), int(rows * test)
     return Parts(range(first), range(first, rows - last), range(rows - last, rows))
 
 # %% ../../nbs/00_foundations/17_series.ipynb #31556453
 @dataclass(frozen=True)
 class Scaler:
-    "Mean and standard deviation of each variate. `apply` standardises, `undo` goes back; both take any leading axes."
+    """Mean and standard deviation of each variate.
+
+    `apply` standardises, `undo` goes back; both take any leading axes."""
     mean: Float[Tensor, 'n']
     std: Float[Tensor, 'n']
 
@@ -141,7 +167,8 @@ class Scaler:
         if not len(values): raise ValueError('values: got no rows')
         if not values.isfinite().all(): raise ValueError(f'values: got {int((~values.isfinite()).sum())} numbers that are not finite; fill them in first')
         std = values.double().std(0, correction=0)
-        return cls(values.double().mean(0).to(values.dtype), torch.where(std > 0, std, torch.ones_like(std)).to(values.dtype))
+        return cls(values.double().mean(0).to(values.dtype),
+                   torch.where(std > 0, std, torch.ones_like(std)).to(values.dtype))
 
     def apply(self, x: Float[Tensor, '*b n']) -> Float[Tensor, '*b n']:
         "Values in units of the training part's standard deviation, from its mean."
@@ -153,7 +180,9 @@ class Scaler:
 
 # %% ../../nbs/00_foundations/17_series.ipynb #09310da0
 class Window(NamedTuple):
-    "A window, or a batch of them with an axis in front. Marks are covariates that are known in advance, such as the calendar; None without."
+    """A window, or a batch of them with an axis in front.
+
+    Marks are covariates that are known in advance, such as the calendar; None without."""
     x: Float[Tensor, '*b t n']
     y: Float[Tensor, '*b s n']
     x_mark: Float[Tensor, '*b t c'] | None = None
@@ -161,7 +190,10 @@ class Window(NamedTuple):
 
 @dataclass(frozen=True)
 class Windows:
-    """Every window of a table, one at each row. An int, a slice or a tensor of indices gives a `Window`; `x`, `y`, `x_mark`, `y_mark` are all of them as views of the table (never write into them).
+    """Every window of a table, one at each row.
+
+    An int, a slice or a tensor of indices gives a `Window`; `x`, `y`, `x_mark`, `y_mark` are all of
+    them as views of the table (never write into them).
 
     ValueError if the table is shorter than one window."""
     values: Float[Tensor, 't n']
@@ -171,9 +203,13 @@ class Windows:
 
     def __post_init__(self):
         for name in ('seq_len', 'pred_len'):
-            if getattr(self, name) < 1: raise ValueError(f'{name}: got {getattr(self, name)}, wanted 1 or more')
-        if len(self.values) < self.seq_len + self.pred_len: raise ValueError(f'values: got {len(self.values)} rows, wanted at least seq_len + pred_len = {self.seq_len + self.pred_len}')
-        if self.marks is not None and len(self.marks) != len(self.values): raise ValueError(f'marks: got {len(self.marks)} rows for {len(self.values)} of values')
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name}: got {getattr(self, name)}, wanted 1 or more')
+        if len(self.values) < self.seq_len + self.pred_len:
+            raise ValueError(f'values: got {len(self.values)} rows, wanted at least seq_len + '
+                             f'pred_len = {self.seq_len + self.pred_len}')
+        if self.marks is not None and len(self.marks) != len(self.values):
+            raise ValueError(f'marks: got {len(self.marks)} rows for {len(self.values)} of values')
 
     def __len__(self) -> int: return len(self.values) - self.seq_len - self.pred_len + 1
     def _past(self, rows): return rows.unfold(0, self.seq_len, 1)[:len(self)].transpose(1, 2)
@@ -199,11 +235,14 @@ class Windows:
         "Calendar features of the future; None without a calendar."
         return None if self.marks is None else self._future(self.marks)
 
-    def __getitem__(self, index: int | slice | Tensor) -> Window: return Window(*(None if v is None else v[index] for v in (self.x, self.y, self.x_mark, self.y_mark)))
+    def __getitem__(self, index: int | slice | Tensor) -> Window:
+        return Window(*(None if v is None else v[index]
+                        for v in (self.x, self.y, self.x_mark, self.y_mark)))
 
     def to(self, device: str | torch.device) -> 'Windows':
         "The table on another device; windows are gathered there."
-        return replace(self, values=self.values.to(device), marks=None if self.marks is None else self.marks.to(device))
+        return replace(self, values=self.values.to(device),
+                       marks=None if self.marks is None else self.marks.to(device))
 
     def variates(self, columns: slice | Sequence[int]) -> 'Windows':
         "The same windows of some variates."
@@ -220,24 +259,31 @@ class Sets(NamedTuple):
 def forecasting_sets(table: TimeSeries,
                      parts: Parts,
                      seq_len: int, pred_len: int,
-                     *, freq: str | None = None,          # of the calendar covariates, as in `calendar`; None: without
-                     reach_back: bool = True,             # the lookback of the first validation and test windows lies in the part before
+                     *, freq: str | None = None, # of the calendar covariates, as in `calendar`; None: without
+                     reach_back: bool = True,    # the lookback of the first validation and test windows lies in the part before
                      scale: bool = True,
                      device: str | torch.device = 'cpu',
                      ) -> Sets:
-    "Standardised windows of every part. ValueError if the table ends before the parts do, a part has no window, or one holds numbers that are not finite."
-    if parts.test.stop > len(table): raise ValueError(f'parts: got rows up to {parts.test.stop}, but the table has {len(table)}')
+    """Standardised windows of every part.
+
+    ValueError if the table ends before the parts do, a part has no window, or one holds numbers
+    that are not finite."""
+    if parts.test.stop > len(table):
+        raise ValueError(f'parts: got rows up to {parts.test.stop}, but the table has {len(table)}')
     for name, part in parts._asdict().items():
         wrong = (~table.values[part.start:part.stop].isfinite()).nonzero()
         if not len(wrong): continue
         row, column = part.start + int(wrong[0, 0]), table.columns[wrong[0, 1]]
-        raise ValueError(f'table: {len(wrong)} numbers of the {name} rows are not finite, the first {column!r} in row {row} ({table.dates()[row]}); fill them in first')
+        raise ValueError(f'table: {len(wrong)} numbers of the {name} rows are not finite, the '
+                         f'first {column!r} in row {row} ({table.dates()[row]}); fill them in '
+                         'first')
     scaler = Scaler.fit(table.values[parts.train.start:parts.train.stop])
     values = (scaler.apply(table.values) if scale else table.values).to(device)
     marks = None if freq is None else calendar(table.times, freq).to(device)
     def of(part):
         first = max(0, part.start - seq_len) if reach_back and part is not parts.train else part.start
-        return Windows(values[first:part.stop], seq_len, pred_len, None if marks is None else marks[first:part.stop])
+        return Windows(values[first:part.stop], seq_len, pred_len,
+                       None if marks is None else marks[first:part.stop])
     return Sets(*map(of, parts), scaler)
 
 # %% ../../nbs/00_foundations/17_series.ipynb #231e608c
@@ -247,15 +293,20 @@ def _fields(times: Int[Tensor, 't']) -> dict[str, np.ndarray]:
     days, months, years = (seconds.astype(f'datetime64[{unit}]') for unit in 'DMY')
     count = lambda a, b: (a - b).astype(np.int64)
     second = count(seconds, days.astype('datetime64[s]'))
-    weekday = (days.astype(np.int64) + 3) % 7                                   # 1970-01-01 was a Thursday; Monday is 0
-    thursday = days + (3 - weekday)                                             # the year of its Thursday owns a week (ISO 8601)
-    return dict(second=second % 60, minute=second // 60 % 60, hour=second // 3600, weekday=weekday, day=count(days, months.astype('datetime64[D]')),
-                dayofyear=count(days, years.astype('datetime64[D]')), month=count(months, years.astype('datetime64[M]')),
+    weekday = (days.astype(np.int64) + 3) % 7  # 1970-01-01 was a Thursday; Monday is 0
+    thursday = days + (3 - weekday)  # the year of its Thursday owns a week (ISO 8601)
+    return dict(second=second % 60, minute=second // 60 % 60, hour=second // 3600, weekday=weekday,
+                day=count(days, months.astype('datetime64[D]')),
+                dayofyear=count(days, years.astype('datetime64[D]')),
+                month=count(months, years.astype('datetime64[M]')),
                 week=count(thursday, thursday.astype('datetime64[Y]').astype('datetime64[D]')) // 7)
 
 _SPAN = dict(second=59, minute=59, hour=23, weekday=6, day=30, dayofyear=365, month=11, week=52)
-_FREQ = dict(s=('second', 'minute', 'hour', 'weekday', 'day', 'dayofyear'), t=('minute', 'hour', 'weekday', 'day', 'dayofyear'), h=('hour', 'weekday', 'day', 'dayofyear'),
-             d=('weekday', 'day', 'dayofyear'), b=('weekday', 'day', 'dayofyear'), w=('day', 'week'), m=('month',))
+_FREQ = dict(s=('second', 'minute', 'hour', 'weekday', 'day', 'dayofyear'),
+             t=('minute', 'hour', 'weekday', 'day', 'dayofyear'),
+             h=('hour', 'weekday', 'day', 'dayofyear'),
+             d=('weekday', 'day', 'dayofyear'), b=('weekday', 'day', 'dayofyear'),
+             w=('day', 'week'), m=('month',))
 
 def calendar(times: Int[Tensor, 't'],  # seconds since 1970-01-01 00:00
              freq: str = 'h',          # step of the table: s, t (minutes), h, d, b (business days), w or m
@@ -264,18 +315,28 @@ def calendar(times: Int[Tensor, 't'],  # seconds since 1970-01-01 00:00
     "Calendar covariates, from -1/2 to 1/2, in the order and scaling of GluonTS that the forecasting literature uses. Source: arXiv:2012.07436, app. B; ISO 8601 for weeks."
     if freq not in _FREQ: raise ValueError(f'freq: got {freq!r}, wanted one of {", ".join(_FREQ)}')
     f = _fields(times)
-    if whole: found = [f['month'] + 1, f['day'] + 1, f['weekday'], f['hour']] + ([f['minute'] // 15] if freq == 't' else [])
+    if whole:
+        found = [f['month'] + 1, f['day'] + 1, f['weekday'], f['hour']] + (
+            [f['minute'] // 15] if freq == 't' else [])
     else: found = [f[name] / _SPAN[name] - .5 for name in _FREQ[freq]]
     return torch.from_numpy(np.stack(found, 1)).float().to(times.device)
 
 # %% ../../nbs/00_foundations/17_series.ipynb #38a8c14b
+def difference(pred: Float[Tensor, '*b'], true: Float[Tensor, '*c']) -> Float[Tensor, '*b']:
+    """pred - true. ValueError unless both have one shape.
+
+    A missing axis would be spread out, and the mean be another."""
+    if pred.shape != true.shape:
+        raise ValueError(f'pred must have the shape {tuple(true.shape)} of true, got {tuple(pred.shape)}')
+    return pred - true
+
 def mse(pred: Float[Tensor, '*b'], true: Float[Tensor, '*b']) -> Float[Tensor, '']:
     "Mean squared error."
-    return (pred - true).square().mean()
+    return difference(pred, true).square().mean()
 
 def mae(pred: Float[Tensor, '*b'], true: Float[Tensor, '*b']) -> Float[Tensor, '']:
     "Mean absolute error."
-    return (pred - true).abs().mean()
+    return difference(pred, true).abs().mean()
 
 def rmse(pred: Float[Tensor, '*b'], true: Float[Tensor, '*b']) -> Float[Tensor, '']:
     "Root of the mean squared error, in the series' own unit."
@@ -285,22 +346,28 @@ def mape(pred: Float[Tensor, '*b'], true: Float[Tensor, '*b'],
          floor: float = 1e-3,  # the divisor is at least this: near zero a percentage means nothing
          ) -> Float[Tensor, '']:
     "Mean absolute error as a share of the truth: 0.1 is ten per cent."
-    return ((pred - true).abs() / true.abs().clamp(min=floor)).mean()
+    return (difference(pred, true).abs() / true.abs().clamp(min=floor)).mean()
 
 def smape(pred: Float[Tensor, '*b'], true: Float[Tensor, '*b']) -> Float[Tensor, '']:
-    "Mean absolute error as a share of the mean size of forecast and truth, 0 … 2; 0 where both are 0."
-    size = (pred.abs() + true.abs()) / 2
-    return ((pred - true).abs() / size.clamp(min=torch.finfo(size.dtype).tiny)).mean()
+    """Mean absolute error as a share of the mean size of forecast and truth, 0 … 2.
+
+    0 where both are 0."""
+    apart, size = difference(pred, true).abs(), (pred.abs() + true.abs()) / 2
+    return (apart / size.clamp(min=torch.finfo(size.dtype).tiny)).mean()
 
 def mase(pred: Float[Tensor, '*b s n'], true: Float[Tensor, '*b s n'],
          history: Float[Tensor, 't n'],  # training rows, on the same scale
          season: int = 1,                # steps after which the series is like itself: 24 for hours
          ) -> Float[Tensor, '']:
     "Mean absolute error, each variate's divided by that of repeating the value of a season ago over `history`. Source: Hyndman and Koehler 2006, sec. 3."
-    if not 0 < season < len(history): raise ValueError(f'season: got {season}, wanted 1 … {len(history) - 1} for a history of {len(history)} rows')
+    if not 0 < season < len(history):
+        raise ValueError(f'season: got {season}, wanted 1 … {len(history) - 1} for a history of '
+                         f'{len(history)} rows')
     naive = (history[season:] - history[:-season]).abs().mean(0)
-    if (naive == 0).any(): raise ValueError(f'history: variate {int((naive == 0).nonzero()[0])} repeats itself exactly after {season} steps, so nothing can be measured against that')
-    return ((pred - true).abs() / naive).mean()
+    if (naive == 0).any():
+        raise ValueError(f'history: variate {int((naive == 0).nonzero()[0])} repeats itself '
+                         f'exactly after {season} steps, so nothing can be measured against that')
+    return (difference(pred, true).abs() / naive).mean()
 
 # %% ../../nbs/00_foundations/17_series.ipynb #0a6e67a7
 class Scores(NamedTuple):
@@ -315,7 +382,9 @@ class Scores(NamedTuple):
 def evaluate(forecast: Callable[[Tensor, Tensor | None], Tensor],  # (x 'b t n', x_mark 'b t c' or None) -> 'b s n'; a module is in eval mode meanwhile
              windows: Windows,
              batch_size: int = 256) -> Scores:
-    "Errors of a forecaster over every window, summed in double precision. ValueError for forecasts of another shape than the targets."
+    """Errors of a forecaster over every window, summed in double precision.
+
+    ValueError for forecasts of another shape than the targets."""
     if batch_size < 1: raise ValueError(f'batch_size: got {batch_size}, wanted 1 or more')
     if not windows.values.isfinite().all(): raise ValueError('windows: hold numbers that are not finite, so no error can be told; fill them in first')
     square, absolute = 0., 0.
@@ -323,11 +392,14 @@ def evaluate(forecast: Callable[[Tensor, Tensor | None], Tensor],  # (x 'b t n',
         for i in range(0, len(windows), batch_size):
             b = windows[i:i + batch_size]
             out = forecast(b.x, b.x_mark)
-            if out.shape != b.y.shape: raise ValueError(f'forecast: gave {tuple(out.shape)} for targets of {tuple(b.y.shape)}')
+            if out.shape != b.y.shape:
+                raise ValueError(f'forecast: gave {tuple(out.shape)} for targets of '
+                                 f'{tuple(b.y.shape)}')
             error = out.double() - b.y.double()
             square, absolute = square + error.square().sum(0), absolute + error.abs().sum().item()
     mean = square / len(windows)
-    return Scores(mean.mean().item(), absolute / len(windows) / mean.numel(), mean.mean(1).cpu(), mean.mean(0).cpu(), len(windows))
+    return Scores(mean.mean().item(), absolute / len(windows) / mean.numel(), mean.mean(1).cpu(),
+                  mean.mean(0).cpu(), len(windows))
 
 # %% ../../nbs/00_foundations/17_series.ipynb #c2351298
 def last_value(pred_len: int) -> Callable[..., Tensor]:
@@ -338,6 +410,7 @@ def last_season(pred_len: int, season: int) -> Callable[..., Tensor]:
     "A forecaster that repeats the last `season` steps. ValueError if the lookback is shorter."
     if season < 1: raise ValueError(f'season: got {season}, wanted 1 or more')
     def forecast(x, x_mark=None):
-        if x.shape[1] < season: raise ValueError(f'season: got {season}, but the lookback has {x.shape[1]} steps')
+        if x.shape[1] < season:
+            raise ValueError(f'season: got {season}, but the lookback has {x.shape[1]} steps')
         return x[:, -season:].repeat(1, math.ceil(pred_len / season), 1)[:, :pred_len]
     return forecast

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Generators', 'FORMS', 'keys_for_mass', 'agreement', 'draw', 'rows_of', 'sample_keys', 'gather_keys', 'gather_tokens',
            'full', 'gather_columns', 'attention_and_own', 'diagonal', 'subsampled_attention', 'source_keep',
-           'source_dropout_attention', 'Windows', 'grid_and_window', 'local_order', 'local_windows', 'pair_matrix',
+           'source_dropout_attention', 'LocalWindows', 'grid_and_window', 'local_order', 'local_windows', 'pair_matrix',
            'gather_pairs', 'locally_biased_attention', 'Sampling', 'in_backward', 'subsampled_self_attention',
            'SubsampledAttention', 'subsampled', 'log_mean_exp', 'sub_networks', 'ensemble', 'SSAVisionTransformer',
            'ssa_vit_tiny_patch16_224', 'ssa_vit_small_patch16_224', 'ssa_vit_base_patch16_224',
@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..kernels.entropy_attention import as_written, check_pairs, widened
 from ..layers.attention import Attention, attention, masked_softmax
 from ..layers.block import is_plain
 from ..layers.embed import pair
@@ -116,7 +117,9 @@ def attention_and_own(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b h m d'], 
                       scale: float | None = None, dropout_p: float = 0.) -> Float[Tensor, 'b h n e']:
     "Attention in which each query has one more key, its own: a row is never empty, whatever the mask leaves of the drawn ones."
     scale = q.shape[-1] ** -.5 if scale is None else scale
-    s, own = q @ k.mT * scale, (q * own_k).sum(-1, keepdim=True) * scale
+    with as_written(q):
+        s = widened(q) @ widened(k).mT * scale
+        own = (widened(q) * widened(own_k)).sum(-1, keepdim=True) * scale
     if bias is not None: s = s + bias
     if own_bias is not None: own = own + own_bias
     s = s.masked_fill(~mask, -math.inf)
@@ -149,6 +152,7 @@ def subsampled_attention(q: Float[Tensor, 'b h n d'],
 
     Source: arXiv:2306.01705, fig. 3a; the own key of causal attention is ours."""
     b, n, m = q.shape[0], q.shape[2], k.shape[2]
+    check_pairs((*q.shape[:3], m), bias=bias, mask=mask)
     if idx is None:
         if keys is None: raise ValueError('give idx, the drawn keys, or keys, how many to draw')
         valid = full(mask)[:, :, 0].any(1).expand(b, m) if mask is not None and mask.shape[-1] == m and (mask.dim() < 2 or mask.shape[-2] == 1) and per_sample else None
@@ -195,12 +199,13 @@ def source_dropout_attention(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g 
                             ) -> Float[Tensor, 'b h n e']:
     "Attention over a random number of keys: as the sizes vary it is a mask and saves nothing."
     n, m = q.shape[2], k.shape[2]
+    check_pairs((*q.shape[:3], m), bias=bias, mask=mask)
     keep = source_keep(m, p, len(q), pairs=(q.shape[1], n) if pairs else None, per_sample=per_sample, always=always, generator=generator, device=q.device)
     if causal or n == m and mask is not None and mask.dim() > 1 and mask.shape[-2] > 1: keep = keep | torch.eye(n, m, dtype=torch.bool, device=q.device)   # no empty rows
     return attention(q, k, v, bias=bias, mask=keep if mask is None else keep & mask, causal=causal, scale=scale, dropout_p=dropout_p)
 
 # %% ../../nbs/01_dynamics/04_information_pathways.ipynb #e303ebe2
-class Windows(NamedTuple):
+class LocalWindows(NamedTuple):
     "Which queries meet which keys: block m of queries attends to block m of keys."
     queries: Int[Tensor, 's m w']  # tokens of each block, in place; s = 1, or one row for each sample if the blocks were moved
     keys: Int[Tensor, 'r m w']     # those of the shuffled source
@@ -238,7 +243,7 @@ def local_order(size: int | tuple[int, int],      # n of a sequence, or rows and
 
 def local_windows(size: int | tuple[int, int], window: int | tuple[int, int], sigma: float = 0., batch: int = 1, *,
                   shift: bool | tuple[int, int] = False, # True: drawn, less than a window; or so many rows and columns
-                  per_sample: bool = True, generator: Generators = None, device: torch.device | str | None = None) -> Windows:
+                  per_sample: bool = True, generator: Generators = None, device: torch.device | str | None = None) -> LocalWindows:
     "Blocks of queries in place and blocks of the shuffled source below them; what the blocks at the border lack is padding."
     (H, W), (p, q) = grid_and_window(size, window)
     need, move = rows_of(batch, per_sample, generator), None
@@ -253,9 +258,9 @@ def local_windows(size: int | tuple[int, int], window: int | tuple[int, int], si
     real = torch.arange(p * q, device=device) < count[:, None]
     at = ((count.cumsum(0) - count)[:, None] + torch.arange(p * q, device=device)).where(real, 0)
     each = lambda t: t if len(t) in (1, batch) else t.repeat_interleave(batch // len(t), 0)
-    return Windows(each(queries[:, at]), each(keys[:, at]), real)
+    return LocalWindows(each(queries[:, at]), each(keys[:, at]), real)
 
-def pair_matrix(windows: Windows, n: int) -> Bool[Tensor, 'r n n']:
+def pair_matrix(windows: LocalWindows, n: int) -> Bool[Tensor, 'r n n']:
     "True where a query meets a key: the windows as a mask of dense attention."
     q, k = (t.where(windows.real, n) for t in windows[:2])
     r = max(len(q), len(k))
@@ -286,7 +291,7 @@ def locally_biased_attention(q: Float[Tensor, 'b h n d'],
                              scale: float | None = None, dropout_p: float = 0.,
                              always: int = 0,                              # so many first tokens stand before the grid: every query sees them, they see everything
                              per_sample: bool = True, generator: Generators = None,
-                             windows: Windows | None = None,               # given instead of drawn
+                             windows: LocalWindows | None = None,               # given instead of drawn
                             ) -> Float[Tensor, 'b h n e']:
     """Locally biased SSA: windows of queries in place, over a source that was shuffled a little. ValueError if `size` does not hold the tokens.
 
@@ -298,6 +303,7 @@ def locally_biased_attention(q: Float[Tensor, 'b h n d'],
     if k.shape[2] != n: raise ValueError(f'locally biased attention needs as many queries as keys, got {n} and {k.shape[2]}')
     if H * W != n - c: raise ValueError(f'size must hold the {n - c} tokens behind the first {c}, got {size}')
     if causal and H > 1: raise ValueError(f'causal needs a sequence, got a grid of size {size}')
+    check_pairs((b, h, n, n), bias=bias, mask=mask)
     if k.shape[1] != h: k, v = (t.repeat_interleave(h // t.shape[1], 1) for t in (k, v))
     if windows is None: windows = local_windows(size, window, sigma, b, shift=shift, per_sample=per_sample, generator=generator, device=q.device)
     queries, keys, real = windows.queries + c, windows.keys + c, windows.real
@@ -508,7 +514,8 @@ def _torch_call(sampling, query, key, value, attn_mask=None, dropout_p=0., is_ca
     q, k, v = (t.unsqueeze(1) if flat else t for t in (query, key, value))
     if q.dim() != 4: raise ValueError(f'query must be (b h n d) or (b n d) to be subsampled, got {tuple(query.shape)}')
     n, m, bias, mask = q.shape[2], k.shape[2], None, attn_mask
-    if mask is not None and flat and mask.dim() == 3: mask = mask.unsqueeze(1)
+    # torch's rule: two axes are queries and keys
+    if mask is not None: mask = mask.unsqueeze(1) if flat and mask.dim() == 3 else full(mask)
     if mask is not None and mask.dtype != torch.bool:                     # the lowest numbers stand for "may not look"
         bias, mask = mask, mask > torch.finfo(mask.dtype).min / 2
         bias = bias.masked_fill(~mask, 0)

@@ -22,7 +22,7 @@ from ..kernels.packed_attention import packed_attention
 from ..layers.attention import attention
 from ..layers.block import GatedMlp, Mlp
 from ..layers.embed import patchify, unpatchify
-from ..layers.position import apply_rope
+from ..layers.position import apply_rope, frequencies, hands_kept, mixed, ntk_base, yarn_sharpness
 from ..measure import eval_mode
 from ..registry import register_model
 from ..weights import Official, known_heads
@@ -33,7 +33,10 @@ def budget_size(height: int,
                 budget: int,          # side of the largest square; height * width stays at or below its square
                 multiple: int = 16,   # pixels of a token: the encoder's reduction times the patch
                ) -> tuple[int, int]:
-    "The size a picture is brought to before it is cut into tokens: its aspect kept, its area within the budget, both sides floored to whole tokens. Source: arXiv:2402.12376, sec. 3.1, with its code's rule for tiny sides."
+    """The size a picture is brought to before it is cut into tokens: its aspect kept, its area within the budget.
+
+    Both sides are then floored to whole tokens. ValueError for a picture so thin that no such size has a token a
+    side. Source: arXiv:2402.12376, sec. 3.1, with its code's rule for tiny sides."""
     if min(height, width, multiple) < 1 or budget < multiple: raise ValueError(f'height, width and multiple must be positive and budget at least multiple, got {height}x{width}, multiple={multiple}, budget={budget}')
     h, w = height, width
     if w * h >= budget ** 2:
@@ -42,7 +45,8 @@ def budget_size(height: int,
     elif w < multiple: h, w = multiple * height / width, multiple
     elif h < multiple: h, w = multiple, multiple * width / height
     h, w = int(h / multiple) * multiple, int(w / multiple) * multiple
-    if not h or not w: raise ValueError(f'a picture of height x width = {height}x{width} is too thin for budget={budget}: one side would have less than {multiple} pixels')
+    if not h or not w or h * w > budget ** 2: raise ValueError(f'a picture of height x width = '
+        f'{height}x{width} is too thin for budget={budget}: one side would have less than {multiple} pixels')
     return h, w
 
 # %% ../../nbs/08_generation/01_fitv2.ipynb #76b60c87
@@ -163,35 +167,29 @@ class FlexAttention(nn.Module):
 # %% ../../nbs/08_generation/01_fitv2.ipynb #06c5a8c1
 SCALINGS = ('none', 'linear', 'ntk', 'ntk_pro1', 'ntk_pro2', 'ntk_by_parts', 'yarn')
 
-def _kept(dim: int, theta: float, fast: float, slow: float, train_len: int, device=None) -> Float[Tensor, 'f']:
-    "1 for frequencies that turn more than `fast` times over the training length, 0 for those below `slow` turns, a ramp between."
-    at = lambda turns: dim * math.log(train_len / (turns * 2 * math.pi)) / (2 * math.log(theta))   # index of the frequency with so many turns
-    low, high = max(math.floor(at(fast)), 0), min(math.ceil(at(slow)), dim - 1)
-    return 1 - ((torch.arange(dim // 2, device=device) - low) / (high - low if high != low else .001)).clamp(0, 1)
-
 def axis_frequencies(dim: int,                          # channels that turn with this axis, half of the head's
                      theta: float = 10000.,
                      scaling: str = 'none',             # one of SCALINGS
                      length: int | Float[Tensor, '*b'] | Int[Tensor, '*b'] = 1, # tokens along the axis now …
                      train_len: int = 16,               # … and in training
                     ) -> Float[Tensor, '*b f']:         # radians a token, f = dim / 2
-    "Frequencies of rotary positions, stretched for lengths beyond training; lengths up to it change nothing. Source: arXiv:2402.12376, sec. 3.3; arXiv:2309.00071, eq. 13-23."
+    """Frequencies of rotary positions, stretched for lengths beyond training; lengths up to it change nothing.
+
+    Source: arXiv:2402.12376, sec. 3.3; arXiv:2309.00071, eq. 13-23."""
     if scaling not in SCALINGS: raise ValueError(f'scaling must be one of {", ".join(SCALINGS)}, got {scaling!r}')
-    if dim < 2 or dim % 2: raise ValueError(f'dim must be even and at least 2, got {dim}')
     if dim == 2 and 'ntk' in scaling: raise ValueError(f'scaling={scaling!r} needs two frequencies or more an axis, got dim={dim}')
-    length = torch.as_tensor(length)
-    power = torch.arange(0, dim, 2, device=length.device).float() / dim
-    plain = theta ** -power
+    # as_tensor would move it to the default device
+    length = length if isinstance(length, Tensor) else torch.tensor(length)
+    at = lambda base: frequencies(dim, base, torch.float, length.device)
+    kept = lambda fast, slow: hands_kept(dim, train_len, fast, slow, theta, device=length.device)
+    plain = at(theta)
     if scaling == 'none': return plain.expand(*length.shape, -1)
     s = (length / train_len).clamp(min=1)[..., None]
-    linear, ntk = plain / s, (theta * s ** (dim / max(dim - 2, 1))) ** -power
-    if scaling == 'linear': return linear
-    if scaling.startswith('ntk') and scaling != 'ntk_by_parts': return ntk
-    if scaling == 'yarn':
-        keep = _kept(dim, theta, 32, 1, train_len, length.device)
-        return linear * (1 - keep) + plain * keep
-    middle, keep = _kept(dim, theta, 1.25, .75, train_len, length.device), _kept(dim, theta, 16, 2, train_len, length.device)
-    return (linear * (1 - middle) + ntk * middle) * (1 - keep) + plain * keep
+    if scaling == 'linear': return plain / s
+    if scaling == 'yarn': return mixed(plain / s, plain, kept(32, 1))
+    ntk = at(ntk_base(s, dim, theta))
+    if scaling != 'ntk_by_parts': return ntk
+    return mixed(mixed(plain / s, ntk, kept(1.25, .75)), plain, kept(16, 2))
 
 # %% ../../nbs/08_generation/01_fitv2.ipynb #c1ec65e6
 class VisionRope(nn.Module):
@@ -224,7 +222,7 @@ class VisionRope(nn.Module):
     def factor(self, lengths: Int[Tensor, '*b 2']) -> Float[Tensor, '*b']:
         "What cosine and sine are multiplied by, so that attention over more tokens stays as sharp; scores grow by its square."
         long, area = lengths.amax(-1), lengths.prod(-1)
-        if self.scaling == 'yarn': return 1 + .1 * (long / self.train_len).clamp(min=1).log()
+        if self.scaling == 'yarn': return yarn_sharpness(long / self.train_len)
         if self.scaling in ('ntk_pro1', 'ntk_pro2'):
             now, before = (long, self.train_len) if self.scaling == 'ntk_pro1' else (area, self.train_len ** 2)
             return ((now * (1 + self.double_len)).clamp(min=before).log() / math.log(before)).sqrt()

@@ -258,7 +258,9 @@ def triton_attention(q: Float[Tensor, 'b h n d'],
                     ) -> tuple[Float[Tensor, 'b h n e'], Float[Tensor, 'b h n'], Float[Tensor, 'b h n']]:
     """Output, entropy (nats) and log-sum-exp in one kernel, O(n) memory forward and backward; gradients flow through all three, and into the bias.
 
-    float32 (multiplied as such unless torch is told to allow TF32), bfloat16 or float16, sums in float32; widths up to 256. Source: arXiv:2205.14135, alg. 1 and 4; the entropy's running sum is ours."""
+    float32 (multiplied as such unless torch is told to allow TF32), bfloat16 or float16, sums in float32; widths up to 256.
+
+    Source: arXiv:2205.14135, alg. 1 and 4; the entropy's running sum is ours."""
     _needed()
     full = lambda x: x if x is None or x.dim() == 4 else x.reshape((1,) * (4 - x.dim()) + x.shape)
     with torch.cuda.device_of(q): return _Triton.apply(q, k, v, full(bias), full(mask), causal, q.shape[-1] ** -.5 if scale is None else scale)

@@ -51,7 +51,9 @@ def set_attention(q: Float[Tensor, 'n c'], k: Float[Tensor, 'n c'], v: Float[Ten
                  ) -> Float[Tensor, 'n e']:
     """Softmax attention among the tokens of each set, all sets in one call.
 
-    A token may fill several slots of its set: all get the same result (without dropout), and it takes one of them. ValueError if the heads do not divide the channels or shapes do not fit. Source: arXiv:2301.06051, sec. 3.2."""
+    A token may fill several slots of its set: all get the same result (without dropout), and it takes one of them. ValueError if the heads do not divide the channels or shapes do not fit.
+
+    Source: arXiv:2301.06051, sec. 3.2."""
     n, (s, t) = len(q), inds.shape
     if num_heads < 1 or q.shape[1] % num_heads or v.shape[1] % num_heads: raise ValueError(f'num_heads must divide the {q.shape[1]} and {v.shape[1]} channels of q and v, got {num_heads}')
     if mask is not None and mask.shape != inds.shape: raise ValueError(f'mask must have the shape {tuple(inds.shape)} of inds, got {tuple(mask.shape)}')

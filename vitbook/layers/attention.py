@@ -16,12 +16,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 from ..kernels import entropy_attention as kernels
-from ..kernels.entropy_attention import as_written, attention_entropy, blockwise_attention, repeat_heads, widened
+from ..kernels.entropy_attention import as_written, query_entropy, repeat_heads, widened
 from ..kernels.packed_attention import compiled_flex
-from .position import apply_rope
+from .position import rope_last
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #59914a6e
-def allowed_pairs(n: int, m: int, mask: Bool[Tensor, '...'] | None, causal: bool, device: torch.device) -> Bool[Tensor, '...'] | None:
+def allowed_pairs(n: int, m: int, mask: Bool[Tensor, '...'] | None, causal: bool,
+                  device: torch.device) -> Bool[Tensor, '...'] | None:
     "`mask` and causality as one mask, None if everything may look at everything."
     if not causal: return mask
     seen = torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n)
@@ -37,14 +38,18 @@ def attention_scores(q: Float[Tensor, 'b h n d'],
                      scale: float | None = None,               # default 1/sqrt(d)
                     ) -> Float[Tensor, 'b h n m']:             # -inf where a query may not look; float32 at least
     "Scaled dot products of every query with every key. Source: arXiv:1706.03762, eq. 1."
-    with as_written(q): s = widened(q) @ widened(k).transpose(-1, -2) * (q.shape[-1] ** -.5 if scale is None else scale)
+    with as_written(q):
+        s = widened(q) @ widened(k).transpose(-1, -2) * (
+            q.shape[-1] ** -.5 if scale is None else scale)
     if bias is not None: s = s + bias
     allowed = allowed_pairs(q.shape[-2], k.shape[-2], mask, causal, q.device)
     return s if allowed is None else s.masked_fill(~allowed, -math.inf)
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #b03abf04
 def masked_softmax(scores: Float[Tensor, '*b m']) -> Float[Tensor, '*b m']:
-    "Softmax along the last axis; a row that is -inf throughout gives zeros, with zero gradients, where softmax would give nan."
+    """Softmax along the last axis.
+
+    A row that is -inf throughout gives zeros, with zero gradients, where softmax would give nan."""
     nobody = (scores == -math.inf).all(-1, keepdim=True)
     return scores.masked_fill(nobody, 0).softmax(-1).masked_fill(nobody, 0)
 
@@ -65,7 +70,11 @@ def naive_attention(q: Float[Tensor, 'b h n d'],
 # %% ../../nbs/00_foundations/03_attention.ipynb #c1006078
 def entropy(scores: Float[Tensor, '*b m'], # attention scores before softmax; -inf marks a masked key
            ) -> Float[Tensor, '*b']:       # in nats, 0 … log(m)
-    "Entropy of softmax(scores) along the last axis, finite with finite gradients; 0 for a row of -inf. Source: arXiv:2303.06296, sec. 3."
+    """Entropy of softmax(scores) along the last axis, finite with finite gradients.
+
+    0 for a row of -inf.
+
+    Source: arXiv:2303.06296, sec. 3."""
     masked = scores == -math.inf
     log_p = scores.masked_fill(masked.all(-1, keepdim=True), 0).log_softmax(-1).masked_fill(masked, 0)
     return -(log_p.exp().masked_fill(masked, 0) * log_p).sum(-1)
@@ -74,11 +83,13 @@ def entropy(scores: Float[Tensor, '*b m'], # attention scores before softmax; -i
 def _sdpa(q, k, v, bias, mask, causal, scale, dropout_p):
     n, m = q.shape[2], k.shape[2]
     if bias is None and mask is None and causal and n == m:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, dropout_p=dropout_p)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale,
+                                              dropout_p=dropout_p)
     allowed = allowed_pairs(n, m, mask, causal, q.device)
     joint = None if bias is None else bias.to(q.dtype)
     # as numbers before it is spread out: torch would turn a boolean mask into n x m numbers a head
-    if allowed is not None: joint = (q.new_zeros(()) if joint is None else joint).masked_fill(~allowed, -math.inf)
+    if allowed is not None:
+        joint = (q.new_zeros(()) if joint is None else joint).masked_fill(~allowed, -math.inf)
     if joint is not None: joint = joint.expand(*q.shape[:2], n, m)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=joint, scale=scale, dropout_p=dropout_p)
     # a query that may look at nothing: some fused kernels give the mean of v, some nan
@@ -95,20 +106,31 @@ def _flex(q, k, v, bias, mask, causal, scale):
     if mask is not None or causal:
         M = None if mask is None else mask.expand(b, h, n, m)
         seen = (lambda y, x: x <= y + m - n) if causal else (lambda y, x: x >= 0)
-        mask_mod = (lambda i, j, y, x: seen(y, x)) if M is None else (lambda i, j, y, x: seen(y, x) & M[i, j, y, x])
-        block_mask = create_block_mask(mask_mod, b if M is not None else None, h if M is not None else None, n, m, device=str(q.device))
+        if M is None: mask_mod = lambda i, j, y, x: seen(y, x)
+        else: mask_mod = lambda i, j, y, x: seen(y, x) & M[i, j, y, x]
+        block_mask = create_block_mask(mask_mod, b if M is not None else None,
+                                       h if M is not None else None, n, m, device=str(q.device))
     return compiled_flex()(q, k, v, score_mod=score_mod, block_mask=block_mask, scale=scale)
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #872b68f4
 BACKENDS = {
-    'naive':     dict(memory='O(n²)', bias=True, mask=True, causal=True, dropout=True,  weights=True,  entropy=True,  made_of='torch, as in the equation'),
-    'sdpa':      dict(memory='O(n) where a fused kernel fits', bias=True, mask=True, causal=True, dropout=True,  weights=False, entropy=True,  made_of="torch's fused kernels; the entropy by a pass of its own"),
-    'flex':      dict(memory='O(n)',  bias=True, mask=True, causal=True, dropout=False, weights=False, entropy=False, made_of='FlexAttention, compiled at first use'),
-    'blockwise': dict(memory='O(n)',  bias=True, mask=True, causal=True, dropout=False, weights=False, entropy=True,  made_of='torch, a block of keys at a time'),
-    'twice':     dict(memory='O(n)',  bias=False, mask=True, causal=True, dropout=False, weights=False, entropy=True, made_of="torch's fused kernel for CPUs, called twice"),
-    'triton':    dict(memory='O(n)',  bias=True, mask=True, causal=True, dropout=False, weights=False, entropy=True,  made_of='one kernel for GPUs, in Triton'),
+    'naive':     dict(memory='O(n²)', bias=True, mask=True, causal=True, dropout=True,
+                      weights=True,  entropy=True,  made_of='torch, as in the equation'),
+    'sdpa':      dict(memory='O(n) where a fused kernel fits', bias=True, mask=True, causal=True,
+                      dropout=True,  weights=False, entropy=True,
+                      made_of="torch's fused kernels; the entropy by a pass of its own"),
+    'flex':      dict(memory='O(n)',  bias=True, mask=True, causal=True, dropout=False,
+                      weights=False, entropy=False, made_of='FlexAttention, compiled at first use'),
+    'blockwise': dict(memory='O(n)',  bias=True, mask=True, causal=True, dropout=False,
+                      weights=False, entropy=True,  made_of='torch, a block of keys at a time'),
+    'twice':     dict(memory='O(n)',  bias=False, mask=True, causal=True, dropout=False,
+                      weights=False, entropy=True,
+                      made_of="torch's fused kernel for CPUs, called twice"),
+    'triton':    dict(memory='O(n)',  bias=True, mask=True, causal=True, dropout=False,
+                      weights=False, entropy=True,  made_of='one kernel for GPUs, in Triton'),
 }
-_DEMANDS = ('bias', 'mask', 'causal', 'dropout', 'weights', 'entropy', 'grad', 'head_dim_differs', 'uneven', 'width', 'dtype')
+_DEMANDS = ('bias', 'mask', 'causal', 'dropout', 'weights', 'entropy', 'grad', 'head_dim_differs',
+            'uneven', 'width', 'dtype')
 
 @functools.lru_cache(None)
 def _flex_missing() -> str | None:
@@ -117,34 +139,44 @@ def _flex_missing() -> str | None:
     import shutil
     if not torch.cuda.is_available() and not torch.backends.cpu.get_cpu_capability().startswith('AVX'):
         return 'torch compiles FlexAttention for processors with AVX2 only'
-    if not torch.cuda.is_available() and not (shutil.which('g++') or shutil.which('clang++') or shutil.which('cl')): return 'compiling it needs a C++ compiler'
+    if not torch.cuda.is_available() and not (shutil.which('g++') or shutil.which('clang++')
+                                              or shutil.which('cl')):
+        return 'compiling it needs a C++ compiler'
 
 def refusal(backend: str,             # a key of BACKENDS
             device: str = 'cpu',
             **wanted: bool | int | torch.dtype, # of bias, mask, causal, dropout, weights, entropy, grad; head_dim_differs, uneven (causal, queries not as many as keys), width, dtype
            ) -> str | None:           # why this backend cannot do it, None if it can
     "The one place that knows what a backend can do: `attention`, `explain` and `backends` ask it."
-    if backend not in BACKENDS: raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {backend!r}")
     unknown = set(wanted) - set(_DEMANDS)
     if unknown: raise ValueError(f'unknown demand {sorted(unknown)}')
     for what, asked in wanted.items():
-        if asked and BACKENDS[backend].get(what) is False: return f'{backend} gives no {what}' if what in ('weights', 'entropy') else f'{backend} has no {what}'
+        if asked and BACKENDS[backend].get(what) is False:
+            return f"{backend} {'gives' if what in ('weights', 'entropy') else 'has'} no {what}"
     if backend == 'flex':
         if _flex_missing(): return _flex_missing()
         if device == 'cpu' and wanted.get('grad'): return 'flex has no gradient on the CPU'
         if wanted.get('head_dim_differs'): return 'flex wants keys and values of one width'
-    if backend in ('twice', 'triton'): return kernels.refusal(backend, device, **_for_kernels(wanted))
+    if backend in ('twice', 'triton'):
+        return kernels.refusal(backend, device, **_for_kernels(wanted))
 
 def _for_kernels(wanted):
-    names = dict(bias='bias', uneven='uneven', width='width', head_dim_differs='widths_differ', dtype='dtype')
+    names = dict(bias='bias', uneven='uneven', width='width', head_dim_differs='widths_differ',
+                 dtype='dtype')
     return {theirs: wanted[ours] for ours, theirs in names.items() if ours in wanted}
 
 def choose(device: str = 'cpu', **wanted: bool | int | torch.dtype) -> tuple[str, str]:
     "The backend that 'auto' takes, and why."
-    if wanted.get('weights'): return 'naive', 'the weights were asked for, and only the naive form has them'
+    if wanted.get('weights'):
+        return 'naive', 'the weights were asked for, and only the naive form has them'
     if wanted.get('entropy'):
-        name, why = kernels.choose(device, alone=bool(wanted.get('dropout')), **_for_kernels(wanted))
-        if wanted.get('dropout'): return 'sdpa', f"entropy with dropout: the output by torch's fused kernels, the entropy by itself ({name}: {why})"
+        name, why = kernels.choose(device, alone=bool(wanted.get('dropout')),
+                                   **_for_kernels(wanted))
+        if wanted.get('dropout'):
+            return 'sdpa', ("entropy with dropout: the output by torch's fused kernels, "
+                            f'the entropy by itself ({name}: {why})')
         return name, f'the entropy was asked for: {why}'
     return 'sdpa', "nothing but the output was asked for: torch's fused kernels"
 
@@ -152,10 +184,14 @@ def backends(device: str = 'cpu') -> list[dict]:
     "What each backend can do on `device`, as rows of a table; `why` says what stands in the way."
     rows = []
     for name, can in BACKENDS.items():
-        missing = _flex_missing() if name == 'flex' else kernels.refusal(name, device) if name in ('twice', 'triton') else None
-        row = dict(backend=name, made_of=can['made_of'], memory=can['memory'], available=missing is None)
-        for what in ('bias', 'mask', 'causal', 'dropout', 'weights', 'entropy', 'grad'): row[what] = refusal(name, device, **{what: True}) is None
-        row['why'] = missing or '; '.join(filter(None, (refusal(name, device, **{w: True}) for w in ('grad',))))
+        missing = _flex_missing() if name == 'flex' else None
+        if name in ('twice', 'triton'): missing = kernels.refusal(name, device)
+        row = dict(backend=name, made_of=can['made_of'], memory=can['memory'],
+                   available=missing is None)
+        for what in ('bias', 'mask', 'causal', 'dropout', 'weights', 'entropy', 'grad'):
+            row[what] = refusal(name, device, **{what: True}) is None
+        row['why'] = missing or '; '.join(filter(
+            None, (refusal(name, device, **{w: True}) for w in ('grad',))))
         rows.append(row)
     return rows
 
@@ -167,90 +203,118 @@ class Attended(NamedTuple):
     entropy: Float[Tensor, 'b h n'] | None
 
 def _wanted(q, k, v, bias, mask, causal, dropout_p, return_weights, return_entropy):
-    return dict(bias=bias is not None, mask=mask is not None, causal=causal, dropout=dropout_p > 0, weights=return_weights, entropy=return_entropy,
-                head_dim_differs=v.shape[-1] != k.shape[-1], uneven=causal and q.shape[2] != k.shape[2], width=max(k.shape[-1], v.shape[-1]), dtype=q.dtype,
-                grad=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, bias)))
+    return dict(bias=bias is not None, mask=mask is not None, causal=causal, dropout=dropout_p > 0,
+                weights=return_weights, entropy=return_entropy,
+                head_dim_differs=v.shape[-1] != k.shape[-1],
+                uneven=causal and q.shape[2] != k.shape[2], width=max(k.shape[-1], v.shape[-1]),
+                dtype=q.dtype,
+                grad=torch.is_grad_enabled()
+                and any(x is not None and x.requires_grad for x in (q, k, v, bias)))
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #6662bcad
 # For editors and type checkers: a tensor, or `Attended` where weights or entropy are asked for.
 @overload
 def attention(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g m d'], v: Float[Tensor, 'b g m e'], *,
-              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None, causal: bool = False,
+              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None,
+              causal: bool = False,
               scale: float | None = None, dropout_p: float = 0., backend: str = 'auto',
-              return_weights: Literal[False] = False, return_entropy: Literal[False] = False) -> Float[Tensor, 'b h n e']: ...
+              return_weights: Literal[False] = False,
+              return_entropy: Literal[False] = False) -> Float[Tensor, 'b h n e']: ...
 @overload
 def attention(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g m d'], v: Float[Tensor, 'b g m e'], *,
-              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None, causal: bool = False,
+              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None,
+              causal: bool = False,
               scale: float | None = None, dropout_p: float = 0., backend: str = 'auto',
               return_weights: Literal[True], return_entropy: bool = False) -> Attended: ...
 @overload
 def attention(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g m d'], v: Float[Tensor, 'b g m e'], *,
-              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None, causal: bool = False,
+              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None,
+              causal: bool = False,
               scale: float | None = None, dropout_p: float = 0., backend: str = 'auto',
               return_weights: bool = False, return_entropy: Literal[True]) -> Attended: ...
 @overload
 def attention(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g m d'], v: Float[Tensor, 'b g m e'], *,
-              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None, causal: bool = False,
+              bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None,
+              causal: bool = False,
               scale: float | None = None, dropout_p: float = 0., backend: str = 'auto',
-              return_weights: bool = False, return_entropy: bool = False) -> Float[Tensor, 'b h n e'] | Attended: ...
+              return_weights: bool = False, return_entropy: bool = False) -> Float[Tensor,
+              'b h n e'] | Attended: ...
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #53c70040
 def attention(q: Float[Tensor, 'b h n d'],
-              k: Float[Tensor, 'b g m d'],                    # g divides h: each key head serves h/g query heads
+              k: Float[Tensor, 'b g m d'],              # g divides h: each key head serves h/g query heads
               v: Float[Tensor, 'b g m e'],
               *,
-              bias: Float[Tensor, '...'] | None = None,       # added to the scores; broadcasts to b h n m
-              mask: Bool[Tensor, '...'] | None = None,        # True = may look; broadcasts to b h n m, so of keys alone it is b 1 1 m
-              causal: bool = False,                           # query i sees keys up to i + m - n
-              scale: float | None = None,                     # default 1/sqrt(d)
-              dropout_p: float = 0.,                          # share of the weights dropped
-              backend: str = 'auto',                          # 'auto' or a key of BACKENDS
+              bias: Float[Tensor, '...'] | None = None, # added to the scores; broadcasts to b h n m
+              mask: Bool[Tensor, '...'] | None = None,  # True = may look; broadcasts to b h n m, so of keys alone it is b 1 1 m
+              causal: bool = False,                     # query i sees keys up to i + m - n
+              scale: float | None = None,               # default 1/sqrt(d)
+              dropout_p: float = 0.,                    # share of the weights dropped
+              backend: str = 'auto',                    # 'auto' or a key of BACKENDS
               return_weights: bool = False,
               return_entropy: bool = False,
-             ) -> Float[Tensor, 'b h n e'] | Attended:        # Attended if weights or entropy were asked for
+             ) -> Float[Tensor, 'b h n e'] | Attended:  # Attended if weights or entropy were asked for
     """Softmax attention by whichever way fits; a query that may look at nothing gives zeros.
 
-    ValueError if shapes do not fit, if a mask of two or three axes fits in two ways (batch x keys and queries x keys; batch and heads), or if `backend` cannot do what is asked (nothing is swapped behind your back). Under autocast q, k and v are lowered as torch's own attention lowers them.
+    ValueError if shapes do not fit, if a mask of two or three axes fits in two ways (batch x keys
+    and queries x keys; batch and heads), or if `backend` cannot do what is asked (nothing is
+    swapped behind your back). Under autocast q, k and v are lowered as torch's own attention lowers
+    them.
+
     Source: arXiv:1706.03762, eq. 1."""
-    if has_torch_function((q, k, v)):   # so that a probe (see.recording) can watch every call of any model
-        return handle_torch_function(attention, (q, k, v), q, k, v, bias=bias, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p,
-                                     backend=backend, return_weights=return_weights, return_entropy=return_entropy)
-    q, k, v = kernels._lowered(q, k, v)
-    kernels._check(q, k, v, bias, mask)
-    bias = kernels._within(bias, q.dtype)
+    # so that a probe (probe.recording) can watch every call of any model
+    if has_torch_function((q, k, v)):
+        return handle_torch_function(attention, (q, k, v), q, k, v, bias=bias, mask=mask,
+                                     causal=causal, scale=scale, dropout_p=dropout_p,
+                                     backend=backend, return_weights=return_weights,
+                                     return_entropy=return_entropy)
+    q, k, v = kernels.lowered(q, k, v)
+    kernels.check_qkv(q, k, v, bias, mask)
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f'dropout_p must lie in [0, 1], got {dropout_p}')
+    bias = kernels.within(bias, q.dtype)
     wanted = _wanted(q, k, v, bias, mask, causal, dropout_p, return_weights, return_entropy)
     asked = backend
     if backend == 'auto': backend, _ = choose(q.device.type, **wanted)
-    elif why := refusal(backend, q.device.type, **wanted): raise ValueError(f'backend {backend!r} cannot serve this call: {why}')
+    elif why := refusal(backend, q.device.type, **wanted):
+        raise ValueError(f'backend {backend!r} cannot serve this call: {why}')
     weights = H = None
-    if backend in kernels.BACKENDS and backend != 'naive':      # as asked: 'auto' chooses the same there, and warns where nothing is fast
-        out, H, _ = kernels.entropy_attention(q, k, v, bias=bias, mask=mask, causal=causal, scale=scale, backend=asked)
-    elif return_entropy and backend == 'sdpa': H = attention_entropy(q, k, bias=bias, mask=mask, causal=causal, scale=scale)
+    # as asked: 'auto' chooses the same there, and warns where nothing is fast
+    if backend in kernels.BACKENDS and backend != 'naive':
+        out, H, _ = kernels.entropy_attention(q, k, v, bias=bias, mask=mask, causal=causal,
+                                              scale=scale, backend=asked)
+    elif return_entropy and backend == 'sdpa':
+        H = query_entropy(q, k, bias=bias, mask=mask, causal=causal, scale=scale)
     k, v = repeat_heads(q.shape[1], k, v)
     if backend == 'sdpa': out = _sdpa(q, k, v, bias, mask, causal, scale, dropout_p)
     elif backend == 'flex': out = _flex(q, k, v, bias, mask, causal, scale)
     elif backend == 'naive':
         s = attention_scores(q, k, bias=bias, mask=mask, causal=causal, scale=scale)
         weights, H = masked_softmax(s), entropy(s) if return_entropy else None
-        with as_written(q): out = ((F.dropout(weights, dropout_p) if dropout_p else weights) @ widened(v)).to(v.dtype)
+        with as_written(q):
+            out = ((F.dropout(weights, dropout_p) if dropout_p else weights) @ widened(v)).to(v.dtype)
     if not (return_weights or return_entropy): return out
     return Attended(out, weights if return_weights else None, H if return_entropy else None)
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #9f406362
 def explain(q: Float[Tensor, 'b h n d'], k: Float[Tensor, 'b g m d'], v: Float[Tensor, 'b g m e'], *,
-            bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None, causal: bool = False, dropout_p: float = 0.,
+            bias: Float[Tensor, '...'] | None = None, mask: Bool[Tensor, '...'] | None = None,
+            causal: bool = False, dropout_p: float = 0.,
             return_weights: bool = False, return_entropy: bool = False) -> str:
     "Which backend `attention` takes for these arguments, why, and why not the others."
-    q, k, v = kernels._lowered(q, k, v)
-    kernels._check(q, k, v, bias, mask)
+    q, k, v = kernels.lowered(q, k, v)
+    kernels.check_qkv(q, k, v, bias, mask)
     wanted = _wanted(q, k, v, bias, mask, causal, dropout_p, return_weights, return_entropy)
     name, why = choose(q.device.type, **wanted)
-    others = [f'{other}: {refusal(other, q.device.type, **wanted) or "could serve it too"}' for other in BACKENDS if other != name]
+    others = [f'{other}: {refusal(other, q.device.type, **wanted) or "could serve it too"}'
+              for other in BACKENDS if other != name]
     return '\n'.join([f'{name}: {why}', *others])
 
 # %% ../../nbs/00_foundations/03_attention.ipynb #f2b1511a
 class Attention(nn.Module):
-    "Multi-head self-attention, with timm's parameter names. Source: arXiv:1706.03762, sec. 3.2.2; arXiv:2010.11929, eq. 5-8."
+    """Multi-head self-attention, with timm's parameter names.
+
+    Source: arXiv:1706.03762, sec. 3.2.2; arXiv:2010.11929, eq. 5-8."""
     def __init__(self,
                  dim: int,                                # width of a token
                  num_heads: int = 8,
@@ -262,11 +326,14 @@ class Attention(nn.Module):
                  norm_layer: Callable[[int], nn.Module] = nn.LayerNorm): # for qk_norm
         super().__init__()
         if dim % num_heads: raise ValueError(f'num_heads must divide dim={dim}, got {num_heads}')
+        if not 0 <= attn_drop <= 1:
+            raise ValueError(f'attn_drop must lie in [0, 1], got {attn_drop}')
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm = norm_layer(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = norm_layer(self.head_dim) if qk_norm else nn.Identity()
-        self.attn_drop, self.proj, self.proj_drop = attn_drop, nn.Linear(dim, dim, bias=proj_bias), nn.Dropout(proj_drop)
+        self.attn_drop, self.proj = attn_drop, nn.Linear(dim, dim, bias=proj_bias)
+        self.proj_drop = nn.Dropout(proj_drop)
         self.backend = 'auto'
 
     def forward(self,
@@ -278,7 +345,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            at = x.shape[1] - rope[0].shape[0]
-            q, k = (torch.cat([t[:, :, :at], apply_rope(t[:, :, at:], *rope)], 2) for t in (q, k))
-        out = attention(q, k, v, mask=mask, bias=bias, dropout_p=self.attn_drop if self.training else 0., backend=self.backend)
+            q, k = rope_last(q, *rope), rope_last(k, *rope)
+        out = attention(q, k, v, mask=mask, bias=bias,
+                        dropout_p=self.attn_drop if self.training else 0., backend=self.backend)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))

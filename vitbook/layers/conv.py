@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 # %% ../../nbs/00_foundations/07_convolutions.ipynb #dd6194ca
 def tokens_to_map(t: Float[Tensor, 'b n c'],
-                  grid: tuple[int, int],     # rows, columns
-                  num_prefix: int = 0,       # tokens in front that have no place on the grid; they are left out
+                  grid: tuple[int, int], # rows, columns
+                  num_prefix: int = 0,   # tokens in front that have no place on the grid; they are left out
                  ) -> Float[Tensor, 'b c y x']:
     "A sequence of patch tokens as a channels-first map. ValueError if the grid does not hold them."
     if t.shape[1] != num_prefix + grid[0] * grid[1]:
@@ -27,20 +27,28 @@ def map_to_tokens(x: Float[Tensor, 'b c y x']) -> Float[Tensor, 'b n c']:
 
 # %% ../../nbs/00_foundations/07_convolutions.ipynb #734feb9c
 class DepthwiseConv2d(nn.Conv2d):
-    "A convolution in which every channel has a kernel of its own; with stride 1 the size stays. ValueError if the kernel is even. Source: arXiv:1704.04861, sec. 3.1."
+    """A convolution in which every channel has a kernel of its own; with stride 1 the size stays.
+
+    ValueError if the kernel is even.
+
+    Source: arXiv:1704.04861, sec. 3.1."""
     def __init__(self,
                  channels: int,
                  kernel_size: int = 3,  # odd
                  stride: int = 1,
                  bias: bool = True):
         if kernel_size % 2 == 0: raise ValueError(f'kernel_size must be odd, got {kernel_size}')
-        super().__init__(channels, channels, kernel_size, stride=stride, padding=kernel_size // 2, groups=channels, bias=bias)
+        super().__init__(channels, channels, kernel_size, stride=stride, padding=kernel_size // 2,
+                         groups=channels, bias=bias)
 
-    def forward(self, x: Float[Tensor, 'b c y x']) -> Float[Tensor, 'b c Y X']: return super().forward(x)
+    def forward(self, x: Float[Tensor, 'b c y x']) -> Float[Tensor, 'b c Y X']:
+        return super().forward(x)
 
 # %% ../../nbs/00_foundations/07_convolutions.ipynb #25b5da78
 class ConvPosition(nn.Module):
-    "Conditional positions: a depthwise convolution over the tokens' map, added to them. Source: arXiv:2102.10882, sec. 3.2."
+    """Conditional positions: a depthwise convolution over the tokens' map, added to them.
+
+    Source: arXiv:2102.10882, sec. 3.2."""
     def __init__(self,
                  dim: int,
                  kernel_size: int = 3, # odd

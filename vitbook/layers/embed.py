@@ -14,28 +14,41 @@ from torch import Tensor, nn
 # %% ../../nbs/00_foundations/01_patches.ipynb #0011a336
 def pair(x: int | tuple[int, int] | list[int], # one size for both sides, or (rows, columns)
         ) -> tuple[int, int]:
-    "`x` as (rows, columns). ValueError unless it is one or two whole numbers, none negative. What a tracer has for a number will do."
+    """`x` as (rows, columns).
+
+    ValueError unless it is one or two whole numbers, none negative. What a tracer has for a number
+    will do."""
     sides = tuple(x) if isinstance(x, (tuple, list)) else (x, x)
     try: rows, columns = (index(s) for s in sides)
     except (TypeError, ValueError): rows = columns = -1
-    if min(rows, columns) < 0: raise ValueError(f'a size must be an int >= 0 or (rows, columns), got {x!r}')
+    if min(rows, columns) < 0:
+        raise ValueError(f'a size must be an int >= 0 or (rows, columns), got {x!r}')
     return rows, columns
 
-def check_divisible(name: str, size: tuple[int, int], by: tuple[int, int], what: str = 'patch_size'):
+def check_divisible(name: str, size: tuple[int, int], by: tuple[int, int],
+                    what: str = 'patch_size'):
     "Raise ValueError unless both sides of `size` are multiples of `by`."
     if min(by) < 1: raise ValueError(f'{what} must be at least 1, got {by[0]}x{by[1]}')
     if size[0] % by[0] or size[1] % by[1]:
-        raise ValueError(f'{name} must be a multiple of {what} {by[0]}x{by[1]}, got {size[0]}x{size[1]}')
+        raise ValueError(f'{name} must be a multiple of {what} {by[0]}x{by[1]}, got '
+                         f'{size[0]}x{size[1]}')
 
 def check_batch(x: Tensor):
     "Raise ValueError unless x has the four axes of a batch of pictures."
-    if x.dim() != 4: raise ValueError(f'x must be a batch of pictures with four axes, b c y x, got the shape {tuple(x.shape)}' + '; x[None] is a batch of one' * (x.dim() == 3))
+    if x.dim() == 4: return
+    one = '; x[None] is a batch of one' if x.dim() == 3 else ''
+    raise ValueError('x must be a batch of pictures with four axes, b c y x, '
+                     f'got the shape {tuple(x.shape)}{one}')
 
 # %% ../../nbs/00_foundations/01_patches.ipynb #10685b06
 def patchify(x: Float[Tensor, 'b c H W'],
              patch_size: int | tuple[int, int], # side of a patch in pixels
             ) -> Float[Tensor, 'b n d']:        # patches row by row, d = c * rows * columns in a convolution's own order
-    "Cut pictures into non-overlapping patches. ValueError if the sides are no multiples of the patch. Source: arXiv:2010.11929, sec. 3.1."
+    """Cut pictures into non-overlapping patches.
+
+    ValueError if the sides are no multiples of the patch.
+
+    Source: arXiv:2010.11929, sec. 3.1."""
     p, q = pair(patch_size)
     check_divisible('picture', tuple(x.shape[2:]), (p, q))
     return rearrange(x, 'b c (y p) (x q) -> b (y x) (c p q)', p=p, q=q)
@@ -54,13 +67,15 @@ class PatchEmbed(nn.Module):
         self.patch_size, self.in_chans = pair(patch_size), in_chans
         self.img_size = None if img_size is None else pair(img_size)
         if self.img_size: check_divisible('img_size', self.img_size, self.patch_size)
-        self.proj = nn.Conv2d(in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
+        self.proj = nn.Conv2d(
+            in_chans, embed_dim, self.patch_size, stride=self.patch_size, bias=bias)
         self.norm = norm_layer(embed_dim) if norm_layer else nn.Identity()
 
     @property
     def grid_size(self) -> tuple[int, int]:
         "Patches per column and per row at the size expected."
-        if self.img_size is None: raise ValueError('img_size is None: the grid depends on the input, see grid()')
+        if self.img_size is None:
+            raise ValueError('img_size is None: the grid depends on the input, see grid()')
         return self.grid(*self.img_size)
 
     @property
@@ -74,10 +89,12 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Float[Tensor, 'b c H W']) -> Float[Tensor, 'b n d']:
         check_batch(x)
-        if x.shape[1] != self.in_chans: raise ValueError(f'x must have in_chans={self.in_chans} channels, got {x.shape[1]}')
+        if x.shape[1] != self.in_chans:
+            raise ValueError(f'x must have in_chans={self.in_chans} channels, got {x.shape[1]}')
         size = tuple(x.shape[2:])
         if self.img_size and size != self.img_size:
-            raise ValueError(f'x must be {self.img_size[0]}x{self.img_size[1]} (img_size), got {size[0]}x{size[1]}')
+            raise ValueError(f'x must be {self.img_size[0]}x{self.img_size[1]} (img_size), got '
+                             f'{size[0]}x{size[1]}')
         check_divisible('x', size, self.patch_size)
         return self.norm(self.proj(x).flatten(2).transpose(1, 2))
 
@@ -89,6 +106,10 @@ def unpatchify(t: Float[Tensor, 'b n d'],
               ) -> Float[Tensor, 'b c H W']:
     "The inverse of `patchify`. ValueError if n or d do not fit."
     p, q = pair(patch_size)
-    if t.shape[1] != grid[0] * grid[1]: raise ValueError(f'grid {grid[0]}x{grid[1]} wants {grid[0] * grid[1]} patches, got {t.shape[1]}')
-    if t.shape[2] != in_chans * p * q: raise ValueError(f'patches of {in_chans}x{p}x{q} have {in_chans * p * q} numbers, got {t.shape[2]}')
+    if t.shape[1] != grid[0] * grid[1]:
+        raise ValueError(f'grid {grid[0]}x{grid[1]} wants {grid[0] * grid[1]} patches, got '
+                         f'{t.shape[1]}')
+    if t.shape[2] != in_chans * p * q:
+        raise ValueError(f'patches of {in_chans}x{p}x{q} have {in_chans * p * q} numbers, got '
+                         f'{t.shape[2]}')
     return rearrange(t, 'b (y x) (c p q) -> b c (y p) (x q)', y=grid[0], p=p, q=q, c=in_chans)

@@ -14,19 +14,25 @@ from ..kernels.entropy_attention import widened
 
 # %% ../../nbs/00_foundations/04_norms.ipynb #031e8b50
 class LayerNorm2d(nn.LayerNorm):
-    "Layer normalisation of a channels-first map: over the channels, at each place for itself. Source: arXiv:1607.06450, eq. 4."
+    """Layer normalisation of a channels-first map: over the channels, at each place for itself.
+
+    Source: arXiv:1607.06450, eq. 4."""
     def __init__(self,
                  num_channels: int,
                  eps: float = 1e-6):
         super().__init__(num_channels, eps=eps)
 
     def forward(self, x: Float[Tensor, 'b c y x']) -> Float[Tensor, 'b c y x']:
-        if x.shape[1] != self.normalized_shape[0]: raise ValueError(f'x must have {self.normalized_shape[0]} channels, got {x.shape[1]}')
-        return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+        if x.shape[1] != self.normalized_shape[0]:
+            raise ValueError(f'x must have {self.normalized_shape[0]} channels, got {x.shape[1]}')
+        return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias,
+                            self.eps).permute(0, 3, 1, 2)
 
 # %% ../../nbs/00_foundations/04_norms.ipynb #ddbac75d
 class RMSNorm(nn.Module):
-    "Divide by the root mean square of the last axis, computed in float32, then scale. Source: arXiv:1910.07467, eq. 4."
+    """Divide by the root mean square of the last axis, computed in float32, then scale.
+
+    Source: arXiv:1910.07467, eq. 4."""
     def __init__(self,
                  dim: int,
                  eps: float = 1e-6):
@@ -49,5 +55,7 @@ def deviation(x: Float[Tensor, '*b'],
               dim: int = -1,
               eps: float = 1e-5, # added to the variance
              ) -> Float[Tensor, '*c']:
-    "Standard deviation along `dim`, which stays with size 1; in float32 or better, and left so: a half-precision number could not hold it."
+    """Standard deviation along `dim`, which stays with size 1.
+
+    In float32 or better, and left so: a half-precision number could not hold it."""
     return (widened(x).var(dim, correction=0, keepdim=True) + eps).sqrt()

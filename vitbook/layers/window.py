@@ -17,7 +17,11 @@ from .embed import check_divisible, pair
 def window_partition(x: Shaped[Tensor, 'b y x c'],
                      window: int | tuple[int, int],   # rows, columns
                     ) -> Shaped[Tensor, 'm n c']:     # m = b * windows, row by row; n = tokens of a window
-    "Cut a map into non-overlapping windows. ValueError if its sides are no multiples of the window: see `pad_to_window`. Source: arXiv:2103.14030, sec. 3.2."
+    """Cut a map into non-overlapping windows.
+
+    ValueError if its sides are no multiples of the window: see `pad_to_window`.
+
+    Source: arXiv:2103.14030, sec. 3.2."""
     p, q = pair(window)
     check_divisible('x', tuple(x.shape[1:3]), (p, q), 'window')
     return rearrange(x, 'b (y p) (x q) c -> (b y x) (p q) c', p=p, q=q)
@@ -32,8 +36,10 @@ def window_reverse(windows: Shaped[Tensor, 'm n c'],
     check_divisible('size', size, (p, q), 'window')
     per_map = size[0] // p * (size[1] // q)
     if windows.shape[1] != p * q or windows.shape[0] % per_map:
-        raise ValueError(f'windows must be a multiple of {per_map} windows of {p * q} tokens, got {windows.shape[0]} of {windows.shape[1]}')
-    return rearrange(windows, '(b y x) (p q) c -> b (y p) (x q) c', y=size[0] // p, x=size[1] // q, p=p, q=q)
+        raise ValueError(f'windows must be a multiple of {per_map} windows of {p * q} tokens, got '
+                         f'{windows.shape[0]} of {windows.shape[1]}')
+    return rearrange(
+        windows, '(b y x) (p q) c -> b (y p) (x q) c', y=size[0] // p, x=size[1] // q, p=p, q=q)
 
 # %% ../../nbs/00_foundations/06_windows.ipynb #66a0f0ed
 def pad_to_window(x: Shaped[Tensor, 'b y x c'],
@@ -50,7 +56,10 @@ def shift_mask(size: tuple[int, int],                   # rows, columns of the m
               ) -> Bool[Tensor, 'm n n']:               # m = windows of one map; True = may look
     """Which tokens of a window may look at each other after the map was rolled by `shift`.
 
-    The roll brings tokens from opposite edges into one window; they must not see each other. ValueError if the size is no multiple of the window, or the shift negative. Source: arXiv:2103.14030, fig. 4."""
+    The roll brings tokens from opposite edges into one window; they must not see each other.
+    ValueError if the size is no multiple of the window, or the shift negative.
+
+    Source: arXiv:2103.14030, fig. 4."""
     (p, q), (sy, sx) = pair(window), pair(shift)
     check_divisible('size', size, (p, q), 'window')
     if min(sy, sx) < 0: raise ValueError(f'shift must not be negative, got {(sy, sx)}')

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['Grid', 'PIXEL_MEAN', 'PIXEL_STD', 'smart_resize', 'to_patches', 'from_patches', 'check_grids', 'prepare',
-           'sample_frames', 'frame_pixels', 'patch_positions', 'axial_angles', 'frequencies', 'rotate', 'window_order',
-           'frame_ends', 'Layout', 'PatchAttention', 'PatchBlock', 'PatchMerger', 'init_weights', 'OfficialQwen',
-           'Qwen25Vision', 'vision_ids', 'as_mask', 'mrope_ids', 'mrope_angles', 'rope_speeds', 'Cache',
-           'GroupedAttention', 'TextBlock', 'Qwen25Decoder', 'Qwen25VL', 'official_names', 'official_arguments',
-           'from_official', 'qwen25_vl_3b', 'qwen25_vl_7b', 'qwen25_vl_72b', 'qwen25_vl_3b_vision',
-           'qwen25_vl_7b_vision', 'qwen25_vl_72b_vision']
+           'sample_frames', 'frame_pixels', 'patch_positions', 'axial_angles', 'window_order', 'frame_ends', 'Layout',
+           'PatchAttention', 'PatchBlock', 'PatchMerger', 'init_weights', 'OfficialQwen', 'Qwen25Vision', 'vision_ids',
+           'as_mask', 'mrope_ids', 'mrope_angles', 'rope_speeds', 'Cache', 'GroupedAttention', 'TextBlock',
+           'Qwen25Decoder', 'Qwen25VL', 'official_names', 'official_arguments', 'from_official', 'qwen25_vl_3b',
+           'qwen25_vl_7b', 'qwen25_vl_72b', 'qwen25_vl_3b_vision', 'qwen25_vl_7b_vision', 'qwen25_vl_72b_vision']
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #c7799b4b
 import functools, math
@@ -20,11 +19,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
-from ..kernels.entropy_attention import widened
 from ..kernels.packed_attention import kept, packed_attention
 from ..layers.attention import attention
-from ..layers.block import GatedMlp
+from ..layers.block import GatedMlp, act_named
 from ..layers.norm import RMSNorm
+from ..layers.position import frequencies, hands_kept, mixed, ntk_base, rotate_halves, yarn_sharpness
 from ..registry import register_model
 from ..weights import Official, renamed
 
@@ -140,22 +139,12 @@ def patch_positions(grids: Sequence[Grid], merge_size: int = 2) -> Int[Tensor, '
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #d225d94d
 def axial_angles(positions: Int[Tensor, 'n 2'], head_dim: int, theta: float = 10000.) -> Float[Tensor, 'n k']: # k = head_dim / 2
-    "Angles of 2-D rotary positions: a quarter of the head's width turns with the row, at falling speeds, the next with the column. Source: arXiv:2502.13923, sec. 2.1."
+    """Angles of 2-D rotary positions: half of a head's pairs of channels turn with the row, half with the column.
+
+    Each half at falling speeds. Source: arXiv:2502.13923, sec. 2.1."""
     if head_dim % 4: raise ValueError(f'head_dim must be a multiple of 4, got {head_dim}')
-    return (positions[..., None] * frequencies(head_dim // 2, theta).to(positions.device)).flatten(1)
-
-def frequencies(dim: int, theta: float = 10000.) -> Float[Tensor, 'k']:
-    "theta^(-2k/dim) for k = 0 … dim/2 - 1."
-    return 1. / theta ** (torch.arange(0, dim, 2, dtype=torch.float) / dim)
-
-# %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #43bd0a66
-def rotate(x: Float[Tensor, '*b d'],   # queries or keys
-           cos: Float[Tensor, '*#b k'], # k = d / 2
-           sin: Float[Tensor, '*#b k'],
-          ) -> Float[Tensor, '*b d']:
-    "Turn channel i and channel i + d/2 together, as one pair, by their angle. Computed in float32 or better. Source: arXiv:2104.09864, eq. 34, with halves for neighbours."
-    a, b = widened(x).chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
+    speeds = frequencies(head_dim // 2, theta, torch.float, 'cpu').to(positions.device)
+    return (positions[..., None] * speeds).flatten(1)
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #7eca5e92
 def window_order(grids: Sequence[Grid],
@@ -213,7 +202,7 @@ class PatchAttention(nn.Module):
                 ends: Sequence[int],       # of the segments
                ) -> Float[Tensor, 'n c']:
         q, k, v = self.qkv(x).unflatten(1, (3, self.num_heads, x.shape[1] // self.num_heads)).unbind(1)
-        return self.proj(packed_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, ends, backend=self.backend).flatten(1))
+        return self.proj(packed_attention(rotate_halves(q, cos, sin), rotate_halves(k, cos, sin), v, ends, backend=self.backend).flatten(1))
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #5ee44ef9
 class PatchBlock(nn.Module):
@@ -326,7 +315,8 @@ class Qwen25Vision(OfficialQwen, nn.Module):
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #2f63ce0d
 def vision_ids(grid: Grid, start: int, step: float, merge_size: int = 2) -> Int[Tensor, '3 n']:
     "Time, row and column of the tokens of a picture or clip that begins at id `start`; `step` ids lie between two steps of time, rounded down after multiplying."
-    t, y, x = torch.arange(grid[0]), torch.arange(grid[1] // merge_size), torch.arange(grid[2] // merge_size)
+    sizes = grid[0], grid[1] // merge_size, grid[2] // merge_size
+    t, y, x = (torch.arange(size, device='cpu') for size in sizes)
     return start + torch.stack(torch.meshgrid((t * step).floor().long(), y, x, indexing='ij')).flatten(1)
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #1ac150fe
@@ -346,8 +336,8 @@ def mrope_ids(tokens: Int[Tensor, 'b n'],
               merge_size: int = 2,
               tokens_per_second: float = 2.,               # ids in a second
               mask: Shaped[Tensor, 'b n'] | None = None,   # False or 0 = padding, which gets id 1
-              whole_seconds: bool = False,                 # cut `seconds` to whole numbers first, as transformers did until 5.x
-              skip_time: bool = False,                     # go on after a clip from its rows and columns, without its time, as transformers 5 does
+              whole_seconds: bool = False,                 # cut `seconds` to whole numbers first, as transformers before 5
+              skip_time: bool = False,                     # go on after a clip without its time, as transformers after 5.2
              ) -> tuple[Int[Tensor, '3 b n'], Int[Tensor, 'b']]: # ids along time, rows, columns; id of the next token of each row of the batch
     """Positions of text, pictures and clips in one sequence. The id of time counts seconds, not frames. ValueError if placeholders and grids do not fit.
 
@@ -356,7 +346,8 @@ def mrope_ids(tokens: Int[Tensor, 'b n'],
     grids = {image_token: list(check_grids(image_grids, merge_size)), video_token: list(check_grids(video_grids, merge_size))}
     seconds = [1.] * len(grids[video_token]) if seconds is None else [float(s) for s in seconds]
     if len(seconds) != len(grids[video_token]): raise ValueError(f'seconds must have one number for each of the {len(grids[video_token])} clips, got {len(seconds)}')
-    ids, after, used = torch.ones(3, *tokens.shape, dtype=torch.long), [], {image_token: 0, video_token: 0}
+    ids = torch.ones(3, *tokens.shape, dtype=torch.long, device='cpu')
+    after, used = [], {image_token: 0, video_token: 0}
     rows = tokens.cpu()
     for b, row in enumerate(rows):
         real = torch.ones_like(row, dtype=torch.bool) if mask is None else mask[b].cpu()
@@ -371,13 +362,13 @@ def mrope_ids(tokens: Int[Tensor, 'b n'],
             n = grid[0] * grid[1] * grid[2] // merge_size ** 2
             here = row[places[i]:places[i] + n]
             if len(here) != n or (here != kind).any(): raise ValueError(f'tokens must hold {n} placeholders {kind} in a row for grid {grid}, got {(here == kind).sum().item()}')
-            pieces.append((start + torch.arange(places[i] - at)).expand(3, -1))
+            pieces.append((start + torch.arange(places[i] - at, device='cpu')).expand(3, -1))
             start += places[i] - at
             second = seconds[number] if kind == video_token else 0.
             pieces.append(vision_ids(grid, start, (int(second) if whole_seconds else second) * tokens_per_second, merge_size))
             start = int((pieces[-1][1:] if skip_time else pieces[-1]).max()) + 1
             at, i = places[i] + n, i + n
-        pieces.append((start + torch.arange(len(row) - at)).expand(3, -1))
+        pieces.append((start + torch.arange(len(row) - at, device='cpu')).expand(3, -1))
         ids[:, b, real] = torch.cat(pieces, 1)
         after.append(start + len(row) - at)
     left = {kind: len(g) - used[kind] for kind, g in grids.items() if len(g) != used[kind]}
@@ -404,7 +395,7 @@ def rope_speeds(dim: int,
                 reach: int = 0,                           # one more than the largest id, for those that change with the length of a text
                ) -> tuple[Float[Tensor, 'k'], float]:
     "Speeds of the pairs and a factor for cos and sin, scaled for long texts: 'linear', 'dynamic', 'yarn' (arXiv:2309.00071), 'longrope' (arXiv:2402.13753), 'llama3'. ValueError for another type, or if a number is missing."
-    scaling, base = scaling or {}, frequencies(dim, theta)
+    scaling, base = scaling or {}, frequencies(dim, theta, torch.float, 'cpu')
     kind = scaling.get('rope_type', scaling.get('type', 'default'))
     if kind not in _SCALINGS: raise ValueError(f"the type of scaling must be one of {', '.join(_SCALINGS)}, got {kind!r}")
     missing = [k for k in _SCALINGS[kind] if scaling.get(k) is None]
@@ -412,25 +403,27 @@ def rope_speeds(dim: int,
     if kind in ('default', 'mrope'): return base, 1.
     factor, length, given = scaling['factor'], scaling.get('original_max_position_embeddings'), scaling.get('attention_factor')
     if kind == 'linear': return base / factor, 1.
-    if kind == 'dynamic': return frequencies(dim, theta * (factor * max(reach, length) / length - factor + 1) ** (dim / (dim - 2))), 1.
+    if kind == 'dynamic':
+        longer = factor * max(reach, length) / length - factor + 1
+        return frequencies(dim, ntk_base(longer, dim, theta), torch.float, 'cpu'), 1.
     if kind == 'longrope':
         each = scaling['long_factor' if reach > length else 'short_factor']
         if len(each) != dim // 2: raise ValueError(f'short_factor and long_factor must have a number for each of the {dim // 2} pairs, got {len(each)}')
         grown = math.sqrt(1 + math.log(factor) / math.log(length)) if factor > 1 else 1.
-        return base / torch.tensor(each, dtype=torch.float), float(grown if given is None else given)
+        each = torch.tensor(each, dtype=torch.float, device='cpu')
+        return base / each, float(grown if given is None else given)
     if kind == 'llama3':
         waves, low, high = 2 * math.pi / base, length / scaling['low_freq_factor'], length / scaling['high_freq_factor']
         smooth = (length / waves - scaling['low_freq_factor']) / (scaling['high_freq_factor'] - scaling['low_freq_factor'])
         between = (1 - smooth) * base / factor + smooth * base
         return torch.where(waves > low, base / factor, torch.where(waves < high, base, between)), 1.
-    place = lambda turns: dim * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))          # the pair that turns this often within `length`
-    first, last = place(scaling.get('beta_fast') or 32), place(scaling.get('beta_slow') or 1)
-    if scaling.get('truncate', True): first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, dim - 1)
-    slow = ((torch.arange(dim // 2) - first) / ((last - first) or .001)).clamp(0, 1)
-    grown = lambda m: .1 * m * math.log(factor) + 1 if factor > 1 else 1.
+    kept = hands_kept(dim, length, scaling.get('beta_fast') or 32, scaling.get('beta_slow') or 1, theta,
+                      whole=scaling.get('truncate', True), device='cpu')
+    speeds = mixed(base / factor, base, kept)
+    if given is not None: return speeds, float(given)
     m, all_dim = scaling.get('mscale'), scaling.get('mscale_all_dim')
-    return base / factor * slow + base * (1 - slow), float(given if given is not None else grown(m) / grown(all_dim) if m and all_dim else grown(1.))
+    if not (m and all_dim): return speeds, yarn_sharpness(factor)
+    return speeds, yarn_sharpness(factor, .1 * m) / yarn_sharpness(factor, .1 * all_dim)
 
 # %% ../../nbs/09_multimodal/05_qwen25_vl.ipynb #737c48af
 class Cache:
@@ -478,7 +471,7 @@ class GroupedAttention(nn.Module):
                 block: int = 0,                                # whose part of the cache
                ) -> Float[Tensor, 'b n c']:
         q, k, v = (layer(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for layer in (self.q, self.k, self.v))    # b h n d
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)
         if cache is not None: k, v = cache.extend(block, k, v)
         if ends is not None: out = packed_attention(*(y[0].transpose(0, 1) for y in (q, k, v)), ends, causal=True, backend=self.backend).transpose(0, 1)[None]
         else: out = attention(q, k, v, mask=mask, causal=True)
@@ -610,6 +603,13 @@ class Qwen25VL(OfficialQwen, nn.Module):
         self.image_token, self.video_token = image_token, video_token
         self.ids = dict(image_token=image_token, video_token=video_token, merge_size=self.visual.merge_size, tokens_per_second=tokens_per_second, whole_seconds=whole_seconds, skip_time=skip_time)
 
+    def words(self, tokens: Int[Tensor, 'b n']) -> Float[Tensor, 'b n c']:
+        "The rows of the matrix of words. ValueError for a token that has none."
+        try: return self.language.embed(tokens)
+        except IndexError:
+            raise ValueError(f'tokens must lie in 0 … vocab_size - 1 = {self.language.embed.num_embeddings - 1}, '
+                             f'got {int(tokens.min())} … {int(tokens.max())}') from None
+
     def embed(self,
               tokens: Int[Tensor, 'b n'],
               images: Float[Tensor, 'p d'] | None = None,
@@ -618,7 +618,7 @@ class Qwen25VL(OfficialQwen, nn.Module):
               video_grids: Sequence[Sequence[int]] | Int[Tensor, 'v 3'] = (),
              ) -> Float[Tensor, 'b n c']:
         "Embedded tokens, the placeholders filled with what the vision tower says."
-        x = self.language.embed(tokens)
+        x = self.words(tokens)
         for name, token, patches, grids in (('images', self.image_token, images, image_grids), ('videos', self.video_token, videos, video_grids)):
             here = tokens == token
             if patches is None:
@@ -643,7 +643,7 @@ class Qwen25VL(OfficialQwen, nn.Module):
                ) -> Float[Tensor, 'b _ k']:
         start, after = cache.next_ids if cache is not None and len(cache) else None, None
         plain = start is not None and images is None and videos is None                  # a placeholder that was generated is a word
-        x = self.language.embed(tokens) if plain else self.embed(tokens, images, image_grids, videos, video_grids)
+        x = self.words(tokens) if plain else self.embed(tokens, images, image_grids, videos, video_grids)
         if ids is None and plain: ids = (start[:, None] + torch.arange(tokens.shape[1], device=tokens.device)).expand(3, -1, -1)
         elif ids is None:
             ids, after = mrope_ids(tokens, image_grids, video_grids, seconds, mask=mask, **self.ids)
@@ -702,16 +702,6 @@ def official_names(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = renamed({k: v for k, v in state_dict.items() if not any(x in k for x in computed)}, _NAMES)
     return {k: v.flatten(1) if k.endswith('patch_embed.weight') else v for k, v in found.items()}
 
-class _QuickGELU(nn.Module):
-    def forward(self, x: Tensor) -> Tensor: return x * (1.702 * x).sigmoid()
-
-_ACTS = {'silu': nn.SiLU, 'swish': nn.SiLU, 'gelu': nn.GELU, 'relu': nn.ReLU, 'relu6': nn.ReLU6, 'leaky_relu': nn.LeakyReLU, 'mish': nn.Mish, 'tanh': nn.Tanh, 'sigmoid': nn.Sigmoid, 'quick_gelu': _QuickGELU,
-         'gelu_pytorch_tanh': functools.partial(nn.GELU, approximate='tanh'), 'gelu_new': functools.partial(nn.GELU, approximate='tanh'), 'gelu_fast': functools.partial(nn.GELU, approximate='tanh')}
-
-def _act(name: str) -> Callable[[], nn.Module]:
-    if name not in _ACTS: raise ValueError(f'hidden_act must be one of {", ".join(_ACTS)}, got {name!r}')
-    return _ACTS[name]
-
 def official_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     "Arguments of Qwen25VL, Qwen25Vision or Qwen25Decoder from transformers' configuration of the whole model, of its tower, or of its language model; what it leaves out is transformers' default."
     renamed = lambda c, names, defaults: {ours: c[theirs] if c.get(theirs) is not None else defaults[theirs] for theirs, ours in names.items() if c.get(theirs) is not None or theirs in defaults}
@@ -734,13 +724,13 @@ def official_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         slides = config.get('use_sliding_window', False) and config.get('sliding_window', 4096) is not None
         types = config.get('layer_types') or ['full_attention' if i < (80 if config.get('max_window_layers') is None else config['max_window_layers']) else 'sliding_attention' for i in range(got['depth'])]
         kv = config.get('num_key_value_heads', 8)
-        return got | dict(num_kv_heads=got['num_heads'] if kv is None else kv, act_layer=_act(config.get('hidden_act', 'silu')), sections=tuple(rope.get('mrope_section', (16, 24, 24))),
+        return got | dict(num_kv_heads=got['num_heads'] if kv is None else kv, act_layer=act_named(config.get('hidden_act', 'silu'), 'hidden_act'), sections=tuple(rope.get('mrope_section', (16, 24, 24))),
                           rope_theta=float(config.get('rope_theta') or rope.get('rope_theta') or 1e6), rope_scaling={k: v for k, v in rope.items() if k not in ('mrope_section', 'rope_theta')} or None,
                           sliding_window=config.get('sliding_window', 4096) if slides else None, sliding_blocks=tuple(i for i, kind in enumerate(types) if kind == 'sliding_attention'))
     names = dict(depth='depth', hidden_size='embed_dim', intermediate_size='mlp_hidden', num_heads='num_heads', patch_size='patch_size', spatial_merge_size='merge_size', temporal_patch_size='temporal_patch_size',
                  window_size='window_size', out_hidden_size='out_dim', fullatt_block_indexes='full_blocks')
     got = renamed(config, names, dict(depth=32, hidden_size=3584, intermediate_size=3420, num_heads=16, patch_size=14, spatial_merge_size=2, temporal_patch_size=2, window_size=112, out_hidden_size=3584, fullatt_block_indexes=(7, 15, 23, 31)))
-    return got | dict(in_chans=config.get('in_channels', config.get('in_chans', 3)), act_layer=_act(config.get('hidden_act', 'silu')))
+    return got | dict(in_chans=config.get('in_channels', config.get('in_chans', 3)), act_layer=act_named(config.get('hidden_act', 'silu'), 'hidden_act'))
 
 def from_official(state_dict: Mapping[str, Tensor], # of transformers' model, its tower, or its language model
                   config: Mapping[str, Any],        # its configuration, as config.json has it
@@ -771,8 +761,13 @@ def _question() -> tuple[Int[Tensor, 'b n'], Float[Tensor, 'p f'], list]:
     return words, torch.randn(48, 96, generator=torch.Generator().manual_seed(0)), [(1, 4, 6)] * 2
 
 _reads = 'the ids of a token follow from the values of those before it, so that the graph is not known beforehand; the vision tower and the decoder compile'
-_whole = dict(**_qwen, example=_small, inputs=_question, compiles=_reads)
-_tower = dict(**_qwen, example=_small_tower | dict(out_dim=24), inputs=_patches)
+_rows = 'the patches of all pictures lie in one table, without an axis of samples'
+_whole = dict(**_qwen, example=_small, inputs=_question, compiles=_reads,
+              reasons={'torch.func': _rows,
+                       'meta': 'counts the placeholders among the tokens, whose values meta tensors lack'})
+_tower = dict(**_qwen, example=_small_tower | dict(out_dim=24), inputs=_patches,
+              reasons={'torch.func': _rows,
+                       'meta': 'makes its tables of places and windows on the CPU, where they are kept'})
 
 @register_model(**_whole)
 def qwen25_vl_3b(vocab_size: int = 151936, embed_dim: int = 2048, depth: int = 36, num_heads: int = 16, num_kv_heads: int = 2, mlp_hidden: int = 11008, tie_embeddings: bool = True, **arguments) -> Qwen25VL:

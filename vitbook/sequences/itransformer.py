@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from .. import see
 from ..data.timeseries import Windows, evaluate
 from ..kernels.entropy_attention import as_written, widened
 from ..layers.attention import attention
 from ..layers.block import Block, Mlp, is_plain
 from ..layers.norm import deviation, unit
+from ..probe import recording
 from ..registry import register_model
 from ..weights import Official, joined, renamed
 from ..train import batches, fit
@@ -141,7 +141,7 @@ def sampled_keys(n: int,
 def prob_attention(q: Float[Tensor, 'b h n d'],
                    k: Float[Tensor, 'b h m d'],
                    v: Float[Tensor, 'b h m e'],
-                   factor: int = 1,                          # ceil(factor * ln) keys are tried, and as many queries served
+                   factor: int = 1,  # factor * ceil(ln m) keys are tried, factor * ceil(ln n) queries served
                    generator: torch.Generator | int | None = None, # of the tried keys, see `drawn`
                    official: bool = False,                   # two slips of the official code, see below
                    ) -> Float[Tensor, 'b h n e']:
@@ -284,7 +284,7 @@ class ITransformer(Official, nn.Module):
     def attention_maps(self, x: Float[Tensor, 'b t n'], x_mark: Float[Tensor, 'b t c'] | None = None) -> list[Float[Tensor, 'b h m m']]:
         "The softmax weights of every layer. ValueError for kinds of attention that have none."
         if self.attn not in ('full', 'flash'): raise ValueError(f"attn={self.attn!r} has no weights to show; 'full' and 'flash' have")
-        with see.recording(self) as seen: self(x, x_mark)
+        with recording(self) as seen: self(x, x_mark)
         return seen.weights
 
     @staticmethod
@@ -408,7 +408,9 @@ def _lookback() -> tuple[Float[Tensor, 'b t n'], Float[Tensor, 'b t c']]:
 
 _facts = dict(paper='2310.06625', part='sequences', chapter='itransformer', example=_example, input_shape=(),
               inputs=_lookback)
-_random = _facts | dict(compiles='draws its sample or its hashes with a torch.Generator, which a graph cannot hold')
+_random = _facts | dict(
+    compiles='draws its sample or its hashes with a torch.Generator, which a graph cannot hold',
+    reasons={'meta in training': 'draws on the CPU, so that every device draws the same'})
 
 def _published(arguments: dict[str, Any], **published: Any) -> ITransformer: return ITransformer(**{'mlp_ratio': 1.} | published | arguments)
 

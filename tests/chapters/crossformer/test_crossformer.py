@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from sheets import weight
 from vitbook import measure
-from vitbook.backbone import load_checkpoint
+from vitbook.weights import load_checkpoint
 from vitbook.backbones import crossformer as C
 from vitbook.registry import create_model, model_info
 

@@ -438,10 +438,10 @@ def test_gradients_are_right():
 
 
 def test_half_precision_and_recording():
-    from vitbook import see
+    from vitbook.probe import recording
     model, x = small(), torch.randn(2, 3, 32, 32)
     with torch.no_grad(): assert_close(copy.deepcopy(model).bfloat16()(x.bfloat16()).float(), model(x), atol=.15, rtol=.1)
-    with see.recording(model) as rec: model(x)
+    with recording(model) as rec: model(x)
     assert [tuple(w.shape) for w in rec.weights] == [(2, 1, 64, 16), (2, 2, 16, 4), (2, 3, 5, 2), (2, 3, 5, 2)]
 
 
@@ -461,3 +461,10 @@ def test_bad_input(unchecked):
     with pytest.raises(ValueError, match='x must be larger than 2x40 pixels: in stage 0'): small()(torch.randn(1, 3, 2, 40))
     with pytest.raises(ValueError, match='in stage 1'): small(patch_padding=(2, 0, 1))(torch.randn(1, 3, 8, 8))
     with pytest.raises(ValueError, match='at least 3x3 places'): small(padding_kv=0)(torch.randn(1, 3, 16, 16))
+
+
+def test_one_value_a_channel_is_named_before_batchnorm_does(unchecked):
+    model = create_model('cvt_13', num_classes=10, depths=(1, 1, 1)).train()
+    with pytest.raises(ValueError, match='BatchNorm.*batch of 1.*1x1'): model(torch.rand(1, 3, 32, 32))
+    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
+    assert model.eval()(torch.rand(1, 3, 32, 32)).shape == (1, 10)

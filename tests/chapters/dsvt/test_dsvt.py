@@ -9,9 +9,10 @@ from hypothesis import given, strategies as st
 from torch import nn
 from torch.testing import assert_close
 
+from vitbook.data import lidar_scene
 from vitbook.detection import dsvt as D
 from vitbook.kernels.set_attention import naive_set_attention
-from vitbook.layers.voxels import lidar_scene, voxel_windows
+from vitbook.layers.voxels import voxel_windows
 from vitbook.registry import create_model, list_models, model_info
 
 SMALL = dict(grid=(24, 24, 1), embed_dim=16, num_heads=2, depths=(2,), set_size=5, windows=((6, 6, 1),), shifts=(((0, 0, 0), (3, 3, 0)),))
@@ -373,25 +374,71 @@ def test_initial_weights():
     assert not layer.attn.qkv.bias.any() and not layer.attn.proj.bias.any() and not pool.kv.bias.any() and layer.mlp.fc1.bias.any()
 
 
-def test_official_names_round_trip():
-    "What the names say of the official layout, by a state under those names."
-    model, back = noisy(D.DSVT(**DEEP)), {}
+def official_layout(model):
+    "The state of a backbone of ours under the official names."
+    back = {}
     for name, v in model.state_dict().items():
         parts = name.split('.')
-        if parts[0] == 'stages' and parts[3] == 'pos': name = f'input_layer.posembed_layers.{parts[1]}.{parts[2]}.{parts[4]}.position_embedding_head.' + '.'.join(parts[6:])
-        elif parts[0] == 'stages' and parts[3] == 'norm': name = f'residual_norm_stage_{parts[1]}.{parts[2]}.{parts[4]}'
+        if parts[0] == 'stages' and parts[3] == 'pos':
+            name = f'input_layer.posembed_layers.{parts[1]}.{parts[2]}.{parts[4]}.position_embedding_head.' + '.'.join(parts[6:])
+        elif parts[0] == 'stages' and parts[3] == 'norm':
+            name = f'residual_norm_stage_{parts[1]}.{parts[2]}.{parts[4]}'
         elif parts[0] == 'stages':
             inner = '.'.join(parts[5:]).replace('attn.qkv.', 'win_attn.self_attn.in_proj_').replace('attn.proj', 'win_attn.self_attn.out_proj').replace('mlp.fc', 'win_attn.linear')
-            name = f'stage_{parts[1]}.{parts[2]}.encoder_list.{parts[4]}.' + ('win_attn.' + inner if inner.startswith(('norm1', 'norm2')) else inner)
+            name = f'stage_{parts[1]}.{parts[2]}.encoder_list.{parts[4]}.' + (
+                'win_attn.' + inner if inner.startswith(('norm1', 'norm2')) else inner)
         else:
             if parts[2] == 'q': v = torch.cat([v, model.state_dict()[name.replace('.q.', '.kv.')]])
             if parts[2] == 'kv': continue
-            name = f'stage_{parts[1]}_reduction.' + {'pos': 'pos_embedding', 'q': f'self_attn.in_proj_{parts[-1]}', 'proj': f'self_attn.out_proj.{parts[-1]}', 'norm': f'norm.{parts[-1]}'}[parts[2]]
+            name = f'stage_{parts[1]}_reduction.' + {'pos': 'pos_embedding',
+                                                     'q': f'self_attn.in_proj_{parts[-1]}',
+                                                     'proj': f'self_attn.out_proj.{parts[-1]}',
+                                                     'norm': f'norm.{parts[-1]}'}[parts[2]]
         back[name] = v
+    return back
+
+
+def test_official_names_round_trip():
+    "What the names say of the official layout, by a state under those names."
+    model = noisy(D.DSVT(**DEEP))
+    back = official_layout(model)
     twin, (x, coords) = D.DSVT(**DEEP).from_official(back), scene(90, DEEP['grid'])
     assert_close(twin(x, coords)[0], model.eval()(x, coords)[0], atol=0, rtol=0)
-    D.DSVT(**DEEP).from_official({f'backbone_3d.{k}': v for k, v in back.items()} | {'dense_head.x': torch.zeros(1)})
-    with pytest.raises(ValueError, match='missing'): D.DSVT(**DEEP).from_official({k: v for k, v in back.items() if 'linear1' not in k})
+    assert D.DSVT.official_arguments(back, num_heads=1)['pos_bug']      # published weights have learned with it
+    D.DSVT(**DEEP).from_official({f'backbone_3d.{k}': v
+                                  for k, v in back.items()} | {'dense_head.x': torch.zeros(1)})
+    with pytest.raises(ValueError, match='missing'):
+        D.DSVT(**DEEP).from_official({k: v for k, v in back.items() if 'linear1' not in k})
+
+
+@pytest.mark.parametrize('more', [
+    {}, dict(in_chans=4, num_classes=5, head_width=12), dict(vfe_dims=(16,), mlp_ratio=3.),
+    dict(bev_depths=(2, 0), bev_dims=(8, 12), up_strides=(.5, 1), up_dims=(6, 10)), dict(bev_strides=(1, 1), up_strides=(), up_dims=())],
+    ids=lambda m: ' '.join(m) or 'plain')
+def test_a_detector_is_made_from_its_weights(more):
+    "Sizes are read off a state under the official names; strides, windows and the range are said."
+    size = dict(voxel_size=(1., 1., 6.), point_range=(-12., -12., -2., 12., 12., 4.), set_size=6, windows=((6, 6, 1),),
+                shifts=(((0, 0, 0), (3, 3, 0)),), bev_strides=(1, 2), up_strides=(1, 2))
+    told = dict(vfe_dims=(16, 16), embed_dim=16, depths=(2,), num_heads=2, bev_depths=(1, 1), bev_dims=(8, 8),
+                up_dims=(8, 8), head_width=8)
+    said = {k: more.get(k, v) for k, v in size.items()}
+    model = noisy(D.DSVTDetector(**said | told | more)).eval()
+    state = {f'backbone_3d.{k}': v
+             for k, v in official_layout(model.backbone).items()} | {'global_step': torch.zeros(1)}
+    for name, v in model.state_dict().items():
+        for ours, theirs in (('vfe.layers.', 'vfe.pfn_layers.'), ('bev.', 'backbone_2d.'),
+                             ('head.outputs.', 'dense_head.heads_list.0.'), ('head.', 'dense_head.')):
+            if name.startswith(ours):
+                state[theirs + name.removeprefix(ours)] = v
+                break
+    twin = D.DSVTDetector.from_official(state, num_heads=2, **said)
+    points = torch.cat(
+        [torch.zeros(90, 1), torch.rand(90, 3) * 20 - 10, torch.rand(90, twin.in_chans - 3)], 1)
+    points[:, 3] = points[:, 3].clamp(-1.9, 3.9)
+    for name, want in model(points).items(): assert_close(twin(points)[name], want, atol=0, rtol=0)
+    with pytest.raises(ValueError, match='num_heads'): D.DSVTDetector.from_official(state, **said)
+    with pytest.raises(ValueError, match='no DSVT'):
+        D.DSVTDetector.from_official({'conv.weight': torch.zeros(1)})
 
 
 @pytest.mark.parametrize('options, message', [
@@ -491,7 +538,9 @@ def test_losses_by_hand():
     p = logits.sigmoid().flatten()
     want = -(p[1].log() * (1 - p[1]) ** 2 + (1 - p[0]).log() * p[0] ** 2 + (1 - p[2]).log() * p[2] ** 2 * .5 ** 4)
     assert_close(D.focal_loss(logits, heat), want)
-    assert_close(D.gaussian_radius(torch.tensor([10.]), torch.tensor([4.]), .1), torch.tensor([(65.44 ** .5 - 2.8) / 2]))          # the third of the three cases
+    length, width = torch.tensor([10.]), torch.tensor([4.])
+    official = torch.tensor([(65.44 ** .5 - 2.8) / 2])      # the third of the three cases, undivided
+    assert_close(D.gaussian_radius(length, width, .1, official=True), official)
     a = torch.tensor([[0., 0, 0, 2, 2, 2, 1]])
     assert_close(D.upright_diou(a, a + torch.tensor([1., 0, 0, 0, 0, 0, 0])), torch.tensor([1 / 3 - 1 / (9 + 4 + 4)]))
     with pytest.raises(ValueError, match='labels'): D.center_targets(a, torch.tensor([3]), 3, (4, 4), (1, 1), (0, 0))
@@ -560,3 +609,54 @@ def test_bev_sizes():
         assert bev(x).shape[1:] == size and bev.num_features == size[0]
     assert D.CenterHead(6, 2, 8, upsample=2).eval()(x)['hm'].shape == (1, 2, 32, 24)
     assert_close(D.CenterHead(6).outputs['hm'][-1].bias, torch.full((3,), -2.19))
+
+
+@pytest.mark.parametrize('length, width', [(9., 4.), (10., 4.), (3., 3.), (40., 1.)])
+@pytest.mark.parametrize('overlap', [.1, .5, .7])
+def test_radius_leaves_the_overlap(length, width, overlap):
+    "Moved, shrunk or grown by the radius, a box overlaps the old one by no less than asked."
+    r = D.gaussian_radius(torch.tensor([length]), torch.tensor([width]), overlap).item()
+    assert 0 < 2 * r < width
+    area, common = length * width, (length - r) * (width - r)
+    moved, shrunk = common / (2 * area - common), (length - 2 * r) * (width - 2 * r) / area
+    grown = area / ((length + 2 * r) * (width + 2 * r))
+    assert min(moved, shrunk, grown) == pytest.approx(overlap, abs=1e-4)
+
+
+def test_boxes_that_count_for_nothing_and_labels_that_are_none(unchecked):
+    "Padding, flat boxes and boxes far outside leave the targets as they are; what cannot be meant is named."
+    target = lambda boxes, labels: D.center_targets(boxes, labels, 3, (24, 24), (1., 1., 6.),
+                                                    (-12., -12., -2.))
+    good, label = torch.tensor([[1.2, 1.6, 0, 2, 1, 1, .3]]), torch.tensor([1])
+    want = target(good, label)
+    assert want.heat[1, 13, 13] == 1 and want.at.tolist() == [13 * 24 + 13] and not want.heat[[0, 2]].any()
+    assert_close(want.codes, torch.tensor([[.2, .6, 0, math.log(2), 0, 0, math.cos(.3), math.sin(.3)]]))
+    flat, away = good * torch.tensor([1, 1, 1, 1, 1, 0, 1.]), good + torch.tensor([300., 0, 0, 0, 0, 0, 0])
+    for nothing in (torch.zeros(1, 7), flat, away, good * torch.tensor([1, 1, 1, -1., 1, 1, 1])):
+        for boxes in (torch.cat([good, nothing]), torch.cat([nothing, good])):
+            got = target(boxes, torch.tensor([1, 1]))
+            for a, b in zip(got, want, strict=True): assert_close(a, b)
+        assert not target(nothing, label).heat.any()
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match='boxes must be finite'):
+            target(torch.cat([good, good * bad]), torch.tensor([1, 1]))
+    for labels in (torch.tensor([True]), torch.tensor([1.]), torch.tensor([1, 1]), torch.tensor([3]),
+                   torch.tensor([-1])):
+        with pytest.raises(ValueError, match='labels must be'): target(good, labels)
+
+
+def test_the_mlp_of_a_set_layer_is_called():
+    "So that a hook or an adapter on the whole of it acts; its dropout falls on the hidden layer alone."
+    layer = D.SetLayer(8, 2, proj_drop=.5).train()
+    seen, x, sets = [], torch.randn(6, 8), torch.arange(6).view(2, 3)
+    hook = layer.mlp.register_forward_hook(lambda module, given, out: seen.append(out) or out * 0)
+    out = layer.inner(x, None, sets)
+    assert len(seen) == 1 and seen[0].shape == (6, 8)
+    assert_close(out, layer.norm2(layer.norm1(x + layer.attn(x, None, sets))))
+    hook.remove()
+    with torch.no_grad():
+        layer.mlp.fc2.weight.fill_(1.), layer.mlp.fc2.bias.zero_()
+        first, second = layer.mlp(x), layer.mlp(x)
+    # a dropped output would be 0 beside others that are not
+    assert_close(first, first[:, :1].expand(-1, 8))
+    assert first.all() and not torch.equal(first, second)

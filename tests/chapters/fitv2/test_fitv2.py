@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from vitbook import flow, measure
 from vitbook.data import pictures
 from vitbook.generation import fitv2 as V
-from vitbook.registry import create_model, list_models, model_info
+from vitbook.registry import create_model, example_inputs, list_models, model_info
 
 SMALL = dict(patch_size=2, in_chans=4, num_classes=10, embed_dim=32, depth=3, num_heads=2)
 
@@ -453,3 +453,28 @@ def test_parts_that_no_parameter_has_are_named():
     with pytest.raises(ValueError, match="'x_embeder'"): V.unfreeze(model, ('bias', 'x_embeder'))
     assert model.weight.requires_grad, 'nothing is frozen by a mistake'
     assert V.unfreeze(model, ('bias',)) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize('wrong', [-1, 11, 999])
+def test_a_class_that_there_is_none_of(wrong, unchecked):
+    model = create_model('fit_xl_2', **model_info('fit_xl_2')['example']).eval()
+    given = [*example_inputs('fit_xl_2')]
+    given[2] = torch.tensor([3, wrong])
+    with pytest.raises(ValueError, match=f'num_classes - 1 = 9.*{wrong}'): model(*given)
+    given[2] = torch.tensor([3, 10])                                     # any class
+    assert model(*given).isfinite().all()
+
+
+@pytest.mark.parametrize('change', [torch.Tensor.bool, torch.Tensor.float, lambda mask: mask * 3],
+                         ids=['bool', 'float', 'times 3'])
+def test_a_mask_says_only_which_tokens_are_real(change, unchecked):
+    model = create_model('fit_xl_2', **model_info('fit_xl_2')['example']).eval()
+    given = [*example_inputs('fit_xl_2')]
+    with torch.no_grad():
+        for p in model.parameters(): p.add_(torch.randn_like(p) * .05)
+    want, real = model(*given), given[4].bool()
+    given[4] = change(given[4])
+    assert_close(model(*given), want)
+    # padding in front
+    front = [given[0].flip(1), *given[1:3], given[3].flip(2), given[4].flip(1), given[5]]
+    assert_close(model(*front).flip(1)[real], want[real], atol=1e-6, rtol=1e-5)

@@ -1,5 +1,5 @@
 "Histoformer: each line of the card's `Must hold`, the exported functions against plain loops, and what a user may do wrong."
-import copy, math, pickle
+import copy, math, pickle, re
 
 import pytest
 import torch
@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.testing import assert_close
 
-from sheets import answers, sheets
+from sheets import answers, builder_of, sheets
+from tools import chapters
 from vitbook import measure
 from vitbook.data.degradations import restore
 from vitbook.registry import create_model, list_models, model_info
@@ -179,6 +180,8 @@ def test_softmax1():
     assert big.grad.isfinite().all()
     half = torch.tensor([[6.5, -9.], [8., 7.]])
     assert_close(H.softmax1(half.half()).float(), H.softmax1(half), rtol=1e-3, atol=1e-4)        # where exp is at its limit, in half precision
+    beyond = torch.tensor([[12., 11.], [20., 3.]])                    # exp(12) is inf in half
+    assert_close(H.softmax1(beyond.half()).float(), H.softmax1(beyond), rtol=1e-3, atol=1e-4)
 
 
 def test_no_temperature_means_an_average_with_nothing():
@@ -273,6 +276,21 @@ def test_sorting_can_be_switched_off():
     assert_close(plain(x), plain.proj(want.view(x.shape)))
     y = F.conv2d(F.conv2d(x, plain.qkv.weight), plain.dwconv.weight, padding=1, groups=40)
     assert_close(torch.cat(plain.queries_keys_values(x), 1), y)
+
+
+@pytest.mark.parametrize('sort_conv', [False, True])
+@pytest.mark.parametrize('sort_attention', [False, True])
+def test_each_sort_is_switched_by_its_own_option(sort_conv, sort_attention):
+    "And the half is put back where it was sorted, whatever attention does."
+    layer = H.HistogramAttention(6, 2, sort_conv=sort_conv, sort_attention=sort_attention).double()
+    x = torch.randn(2, 6, 4, 5, generator=gen(), dtype=torch.float64)
+    front, rows, cols = H.sort_map(x[:, :3])
+    maps = layer.dwconv(layer.qkv(torch.cat([front, x[:, 3:]], 1) if sort_conv else x))
+    q1, k1, q2, k2, v = maps.flatten(2).chunk(5, 1)
+    out = H.histogram_attention([q1, q2], [k1, k2], v, layer.temperature, 2, sort=sort_attention)
+    want = layer.proj(out.view(x.shape))
+    if sort_conv: want = torch.cat([H.unsort_map(want[:, :3], rows, cols), want[:, 3:]], 1)
+    assert_close(layer(x), want)
 
 
 def test_norm():
@@ -440,13 +458,25 @@ def test_restoration_loss():
 # ---- a user's life
 
 @pytest.mark.parametrize('call, words', [
-    (lambda: H.HistogramAttention(6, 4), 'num_heads must divide the width 6, got 4'), (lambda: H.HistogramAttention(6, 0), 'num_heads'), (lambda: H.HistogramAttention(6, 2, num_bins=0), 'num_bins.*0'),
-    (lambda: H.HistogramAttention(6, 2, forms=('bins',)), "forms.*'bins'"), (lambda: H.HistogramAttention(6, 2, forms=()), 'forms'), (lambda: H.HistogramAttention(6, 2, forms=('bin', 'bin')), 'forms'),
-    (lambda: H.HistogramAttention(6, 2)(torch.zeros(1, 5, 4, 4)), '6 channels, got 5'), (lambda: H.bin_tokens(torch.zeros(1, 4, 8), 3, 2), 'num_heads.*3'), (lambda: H.bin_tokens(torch.zeros(1, 4, 8), 2, 0), 'num_bins'),
-    (lambda: H.bin_tokens(torch.zeros(1, 4, 8), 2, 2, 'BHR'), "form.*'BHR'"), (lambda: H.histogram_attention([], [], torch.zeros(1, 2, 4), torch.ones(1, 1, 1), 2), 'forms'),
-    (lambda: H.Histoformer(depths=(1, 1, 1)), 'depths must have 4'), (lambda: H.Histoformer(num_heads=(1, 2)), 'num_heads must have 4'), (lambda: H.Histoformer(num_bins=(1, 2)), 'num_bins must have 4'),
-    (lambda: H.Histoformer(embed_dim=7), 'embed_dim'), (lambda: H.Histoformer(out_chans=2), 'out_chans.*got 2'), (lambda: H.Histoformer(**SMALL)(torch.zeros(1, 1, 8, 8)), 'in_chans = 3.*got 1'),
-    (lambda: H.pearson(torch.zeros(1, 4), torch.zeros(1, 5)), 'one shape'), (lambda: H.HistogramTokens(8)(torch.zeros(1, 16, 8), mask=torch.ones(1, 1, 1, 16, dtype=torch.bool)), 'takes no mask'),
+    (lambda: H.HistogramAttention(6, 4), 'num_heads must divide the width 6, got 4'),
+    (lambda: H.HistogramAttention(6, 0), 'num_heads'),
+    (lambda: H.HistogramAttention(6, 2, num_bins=0), 'num_bins.*0'),
+    (lambda: H.HistogramAttention(6, 2, forms=('bins',)), "forms.*'bins'"),
+    (lambda: H.HistogramAttention(6, 2, forms=()), 'forms'),
+    (lambda: H.HistogramAttention(6, 2, forms=('bin', 'bin')), 'forms'),
+    (lambda: H.HistogramAttention(6, 2)(torch.zeros(1, 5, 4, 4)), '6 channels, got 5'),
+    (lambda: H.bin_tokens(torch.zeros(1, 4, 8), 3, 2), 'num_heads.*3'),
+    (lambda: H.bin_tokens(torch.zeros(1, 4, 8), 2, 0), 'num_bins'),
+    (lambda: H.bin_tokens(torch.zeros(1, 4, 8), 2, 2, 'BHR'), "form.*'BHR'"),
+    (lambda: H.histogram_attention([], [], torch.zeros(1, 2, 4), torch.ones(1, 1, 1), 2), 'forms'),
+    (lambda: H.Histoformer(depths=(1, 1, 1)), 'depths must have 4'),
+    (lambda: H.Histoformer(num_heads=(1, 2)), 'num_heads must have 4'),
+    (lambda: H.Histoformer(num_bins=(1, 2)), 'num_bins must have 4'),
+    (lambda: H.Histoformer(embed_dim=7), 'embed_dim'),
+    (lambda: H.Histoformer(out_chans=2), 'out_chans.*got 2'),
+    (lambda: H.Histoformer(**SMALL)(torch.zeros(1, 1, 8, 8)), 'in_chans = 3.*got 1'),
+    (lambda: H.pearson(torch.zeros(1, 4), torch.zeros(1, 5)), 'one shape'),
+    (lambda: H.HistogramTokens(8)(torch.zeros(1, 16, 8), mask=torch.ones(1, 1, 1, 16, dtype=torch.bool)), 'takes no mask'),
     (lambda: H.HistogramTokens(8)(torch.zeros(1, 15, 8)), 'hold')])
 def test_mistakes_are_named(call, words, unchecked):
     with pytest.raises(ValueError, match=words): call()
@@ -475,10 +505,159 @@ def test_copies_and_precisions():
 
 @torch.no_grad()
 def test_the_sheet_is_exact_arithmetic_but_for_six_pairs():
-    "In float64 as well, on every machine; and the six are needed: with the orders of exact arithmetic the output is another."
-    sheet, orders_of = next(s for s in sheets('histoformer') if s.name == 'histoformer__tiny'), answers('histoformer').histoformer_orders
+    "In float64 as well, on every machine; and the six are needed: with exact orders the output is another."
+    sheet = next(s for s in sheets('histoformer') if s.name == 'histoformer__tiny')
+    orders_of = answers('histoformer').histoformer_orders
     model, x = H.Histoformer.from_official(sheet.weights()).eval(), sheet.inputs()['x']
     orders, y = orders_of(model, x)
     assert (len(orders), sum(o.numel() for o in orders)) == (24, 162_816)
     sheet.check(dict(y=y), 1e-5)
-    with pytest.raises(AssertionError, match='histoformer__tiny is off'): sheet.check(dict(y=orders_of(model, x, {})[1]))
+    exact = orders_of(model, x, {})[1]
+    with pytest.raises(AssertionError, match='histoformer__tiny is off'): sheet.check(dict(y=exact))
+
+
+# ---- the chapter's page
+
+@pytest.fixture(scope='module')
+def page():
+    "What the cells of the story define, its networks trained for two steps; and the story's cells."
+    import matplotlib
+    matplotlib.use('agg')
+    notebook = next(notebook for notebook in chapters() if notebook.slug == 'histoformer')
+    heads = [cell['source'].startswith('## In the library') for cell in notebook.cells]
+    story, names = notebook.cells[:heads.index(True)], {}
+    kept = ['STEPS = 150' in cell['source'] for cell in story]
+    assert sum(kept) == 1
+    for cell in story:
+        if cell['cell_type'] != 'code' or {'hide', 'default_exp', 'slow'} & set(cell['directives']): continue
+        if re.search(r'see\.(slider|player)|before_after\(|^record\(', cell['source'], re.M): continue
+        exec(compile(cell['source'].replace('STEPS = 150', 'STEPS = 2'), cell['id'], 'exec'), names)
+    matplotlib.pyplot.close('all')
+    names['story'] = story
+    return names
+
+
+def solved(page, number, capsys):
+    "The solution of an exercise is run; what it defines and what it prints."
+    exercises = '\n'.join(cell['source'] for cell in page['story'] if cell['cell_type'] == 'markdown')
+    part = exercises.split('## Exercises')[1].split(f'**{number}. ')[1].split('</details>')[0]
+    capsys.readouterr()
+    names = dict(page)
+    exec(compile(re.search(r'```python\n(.*?)```', part, re.S)[1], f'exercise {number}', 'exec'), names)
+    return names, capsys.readouterr().out
+
+
+def test_exercise_by_hand(page, capsys):
+    _, out = solved(page, 1, capsys)
+    assert out.splitlines() == ['3 bin [1, 3, 5]', '3 frequency [3, 4, 5]',
+                                '6 bin [0, 1, 2, 3, 4, 5]', '6 frequency [0, 1, 2, 3, 4, 5]']
+
+
+def test_exercise_one_bin(page, capsys):
+    each, same = solved(page, 2, capsys)[0]['changes']
+    assert each > .1 and same < 1e-5
+
+
+def test_exercise_equal_widths(page, capsys):
+    names, _ = solved(page, 3, capsys)
+    assert names['share'].sum(1).allclose(torch.ones(64)) and names['count'].sum() == 64 * 1024
+    assert names['share'].amax(1).mean() < page['best_share'](page['flakes'], page['bins'])
+    assert names['count'].min() == 0 and names['count'].max() > 800
+
+
+def test_exercise_sum(page, capsys):
+    "The sum takes the place of the product in the trained networks, and afterwards the product is back."
+    names, out = solved(page, 4, capsys)
+    product = page['marks'](page['train'](page['start'](0), 0))[0]
+    assert len(names['sums']) == 3 and len(set(names['sums'])) == 3 and abs(names['sums'][0] - product) > 1e-4
+    q, k, v = tensors(3, 2, 1, 4, 12)
+    tau = torch.ones(2, 1, 1, dtype=torch.float64)
+    for f, factor in ((H.histogram_attention, 4), (names['summed'], 2)):
+        once, twice = (f([q[0], q[1]], [k[0], k[1]], s * v[0], tau, 3, H.FORMS, True, False) for s in (1, 2))
+        assert_close(twice, factor * once)
+
+
+def test_the_schematic_is_the_layer(page):
+    "Every arrow has the shape of the tensor that goes there; boxes with weights are the layer's parameters."
+    d, layer = page['layer_schematic'](), H.HistogramAttention(6, 3, num_bins=5)
+    x, seen = torch.randn(2, 6, 4, 7, generator=gen()), {}
+    seen['x', 'sort'], seen['x', 'join'] = x[:, :3], x[:, 3:]
+    seen['proj', 'out'] = x[:, 3:]
+
+    def note(patch, name, *told):
+        "The function `name` of the module also notes what `told` says of its arguments and result, call by call."
+        f, todo = getattr(H, name), list(told)
+
+        def noted(*args, **kwargs):
+            y = f(*args, **kwargs)
+            found = todo.pop(0)(args, y) if todo else {}
+            assert not found.keys() & seen.keys()
+            seen.update(found)
+            return y
+        patch.setattr(H, name, noted)
+
+    def attended(cut, attend):
+        return lambda args, y: {('S', cut): args[2], (attend, 'times'): y}
+
+    def nothing(args, y): return {}
+    with pytest.MonkeyPatch.context() as patch:
+        note(patch, 'sort_map', lambda args, y: {('sort', 'join'): y.values, ('sort', 'unsort'): y.rows})
+        note(patch, 'unsort_map', lambda args, y: {('proj', 'unsort'): args[0], ('unsort', 'out'): y})
+        note(patch, 'ascending', nothing, nothing, lambda args, y: {('S', 'back'): y[1]})      # the map's two first
+        note(patch, 'bin_attention', attended('bins', 'across'), attended('deal', 'among'))
+        note(patch, 'bin_tokens', lambda args, y: {('bins', 'across'): y}, nothing, nothing,   # q, k and v
+             lambda args, y: {('deal', 'among'): y})
+        note(patch, 'histogram_attention', lambda args, y: {('times', 'back'): y})
+        layer.qkv.register_forward_hook(lambda m, a, y: seen.update({('join', 'qkv'): a[0], ('qkv', 'dwconv'): y}))
+        layer.dwconv.register_forward_hook(lambda m, a, y: seen.update({('dwconv', 'S'): y}))
+        layer.proj.register_forward_hook(lambda m, a, y: seen.update({('back', 'proj'): a[0]}))
+        layer(x)
+    seen['temperature', 'across'] = seen['temperature', 'among'] = layer.temperature
+    assert seen.keys() == d.shapes.keys()
+    assert d.sizes(seen) == dict(b=2, c=6, y=4, x=7, n=28, h=3, d=10, m=6)
+    drawn = {name for name, thing in d.things.items() if thing.kind == 'layer'}
+    assert drawn == {name.split('.')[0] for name, _ in layer.named_parameters()}
+
+
+@pytest.mark.parametrize('n, num_bins', [(6, 2), (7, 3), (12, 4), (5, 5)])
+def test_which_values_are_mixed(n, num_bins):
+    "Bin-wise those of equal place in every bin, frequency-wise num_bins neighbours, of every channel."
+    q, k = tensors(2, 2, 2, n)
+    m = math.ceil(n / num_bins)
+    groups = {'bin': lambda rank: rank % m, 'frequency': lambda rank: rank // num_bins}
+    for form, group in groups.items():
+        def attend(v, form=form):
+            return H.bin_attention(q, k, v, torch.ones(1, 1, 1, dtype=torch.float64), num_bins, form)
+        slopes = torch.autograd.functional.jacobian(attend, tensors(1, 2, 2, n)[0])[1]     # of the second picture
+        assert not slopes[:, :, 0].any(), 'the first picture plays no part in it'
+        reached = slopes[:, :, 1].abs() > 1e-12
+        want = torch.tensor([[group(i) == group(j) for j in range(n)] for i in range(n)])
+        for one in range(2):
+            for other in range(2): assert reached[one, :, other].equal(want)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_is_single_precision_rounded(dtype):
+    "The core in half precision, on values without ties, is what single precision gives for the same numbers."
+    q, k = torch.randn(2, 2, 2, 4, 40, generator=gen()).to(dtype)
+    v = torch.stack([torch.randperm(40, generator=gen(i)) for i in range(8)])
+    v = v.view(2, 4, 40).sub(20).div(16).to(dtype)
+    tau = torch.tensor([1., 8.]).view(2, 1, 1)
+    low = H.histogram_attention([*q], [*k], v, tau.to(dtype), 5)
+    high = H.histogram_attention([*q.float()], [*k.float()], v.float(), tau, 5)
+    assert low.dtype == dtype
+    assert_close(low.float(), high, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)       # three roundings
+
+
+def test_turned_pairs_are_for_their_sheet_alone():
+    "A sheet of another name, of a whole model too, is compared plainly: no order is handed in."
+    sheet = next(s for s in sheets('histoformer') if s.name == 'histoformer__tiny')
+    known = answers('histoformer')
+    assert builder_of('histoformer__tiny') is known.histoformer__tiny
+    assert builder_of('histoformer__other') is known.histoformer is not known.histoformer__tiny
+    given = dict(config=sheet.config, weights=sheet.weights(), inputs=sheet.inputs())
+    with torch.no_grad():
+        plain = H.Histoformer.from_official(given['weights'])(given['inputs']['x'])
+        with H.SortOrders() as own: assert known.histoformer(**given)['y'].equal(plain)
+        with H.SortOrders() as handed: known.histoformer__tiny(**given)
+    assert len(own.orders) == 24 and len(handed.orders) > 24, 'the tiny sheet sorts once more, in float64'

@@ -9,7 +9,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from vitbook import measure
-from vitbook.backbone import load_checkpoint
+from vitbook.weights import load_checkpoint
 from vitbook.layers.norm import LayerNorm2d
 from vitbook.mixers import hornet as H
 from vitbook.registry import create_model, list_models

@@ -330,8 +330,8 @@ def test_an_error_inside_the_model_leaves_the_thread_clean():
 
 def seen_keys(model, x):
     "How many keys the attention of each layer had."
-    from vitbook import see
-    with see.recording(model) as rec: model(x)
+    from vitbook.probe import recording
+    with recording(model) as rec: model(x)
     return [w.shape[-1] for w in rec.weights]
 
 
@@ -590,3 +590,48 @@ def test_a_model_without_attention_is_refused():
     assert 'forward' not in vit.__dict__, 'and everything is as before'
     with P.subsampled(vit, keys=2) as context: vit.blocks[0](torch.rand(1, 5, 12))
     assert context.seen
+
+
+ALL_KEYS = dict(unbiased=lambda *a, **k: P.subsampled_attention(*a, keys=4, **k),
+                local=lambda *a, **k: P.locally_biased_attention(*a, window=4, **k),
+                bernoulli=lambda *a, **k: P.source_dropout_attention(*a, 0., **k))
+
+
+@pytest.mark.parametrize('attend', ALL_KEYS.values(), ids=ALL_KEYS)
+def test_masks_without_their_axes_are_refused(attend):
+    "Batch x keys and queries x keys, batch and heads; with the axes written and all keys it is attention."
+    q, k, v = (torch.randn(4, 4, 4, 8) for _ in range(3))
+    pad = torch.arange(4) < torch.tensor([4, 2, 3, 1])[:, None]
+    for name, words, wrong in (('mask', 'rows', pad), ('bias', 'rows', torch.rand(4, 4)),
+                               ('mask', 'parts', pad[:, None])):
+        with pytest.raises(ValueError, match=f'{name} must say whether its 4 {words}'):
+            attend(q, k, v, **{name: wrong})
+    assert_close(attend(q, k, v, mask=pad[:, None, None]), attention(q, k, v, mask=pad[:, None, None]),
+                 atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize('form',
+                         [dict(keys=3), dict(form='bernoulli', fraction=.7), dict(form='local', keys=2)])
+def test_torchs_masks_of_two_axes_are_queries_and_keys(form):
+    "As torch has it, also where batch and queries are as many."
+    class Attends(nn.Module):
+        def forward(self, x, mask): return F.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+
+    x, mask = torch.randn(4, 2, 4, 8), torch.ones(4, 4, dtype=torch.bool).tril()
+    outs = []
+    for given in (mask, mask[None, None].expand(4, 2, 4, 4)):
+        model = Attends().train()
+        torch.manual_seed(0)
+        with P.subsampled(model, **form): outs.append(model(x, given))
+    assert_close(*outs)
+
+
+def test_own_keys_in_half_do_not_overflow():
+    "Scores of hundreds times hundreds are scaled before they are rounded to half."
+    q, k, v = (torch.randn(1, 2, 8, 64) * s for s in (60, 60, 1))
+    idx = torch.arange(8)[None]
+    for dtype in (torch.float16, torch.bfloat16):
+        low = [t.to(dtype) for t in (q, k, v)]
+        out = P.subsampled_attention(*low, idx, causal=True)
+        assert out.dtype == dtype and out.isfinite().all()
+        assert_close(out.float(), attention(*(t.float() for t in low), causal=True), atol=.02, rtol=.02)

@@ -14,7 +14,7 @@ def part_of(weights):
 def itransformer(config, weights, inputs, module=''):
     "A whole model of the family, or one of its parts; which attention it has is said by its class or the configuration's words."
     from torch import nn
-    from vitbook import see
+    from vitbook.probe import recording
     from vitbook.sequences import itransformer as T
     words = ' '.join(str(v) for k, v in (config | dict(module=module)).items() if k in ('model', 'name', 'variant', 'attention', 'attn', 'module', 'class', 'inner_attention')).lower()
     kind = next((ours for theirs, ours in (('inform', 'prob'), ('prob', 'prob'), ('flow', 'flow'), ('flash', 'flash'), ('reform', 'lsh'), ('lsh', 'lsh')) if theirs in words), 'full')
@@ -53,5 +53,5 @@ def itransformer(config, weights, inputs, module=''):
         lsh = 'blocks.0.attn.qk.weight' in names
         layer = (T.LSHAttention(dim, heads, head_dim=inner // heads, eval_seed=None) if lsh else T.VariateAttention(dim, heads, kind, head_dim=inner // heads, factor=config.get('factor', 5), official=True, eval_seed=None)).eval()
     layer.load_state_dict({k.removeprefix('blocks.0.').removeprefix('' if part == 'layer' else 'attn.'): v for k, v in names.items()})
-    with see.recording(layer) as seen: y = again(layer, x)
+    with recording(layer) as seen: y = again(layer, x)
     return dict(y=y) | {'attention': w for w in seen.weights[:1]}

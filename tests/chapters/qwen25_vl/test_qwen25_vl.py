@@ -6,9 +6,10 @@ import torch
 from hypothesis import given, strategies as st
 from torch.testing import assert_close
 
+from vitbook.layers.position import frequencies, rotate_halves
 from vitbook.multimodal import qwen25_vl as Q
-from vitbook.multimodal.qwen25_vl import (Cache, Qwen25Decoder, Qwen25Vision, Qwen25VL, axial_angles, check_grids, frame_ends, frame_pixels, frequencies, from_patches, mrope_angles, mrope_ids,
-                                          patch_positions, prepare, rotate, sample_frames, smart_resize, to_patches, window_order)
+from vitbook.multimodal.qwen25_vl import (Cache, Qwen25Decoder, Qwen25Vision, Qwen25VL, axial_angles, check_grids, frame_ends, frame_pixels, from_patches, mrope_angles, mrope_ids,
+                                          patch_positions, prepare, sample_frames, smart_resize, to_patches, window_order)
 
 TOWER = dict(patch_size=4, window_size=16, embed_dim=32, depth=4, num_heads=2, mlp_hidden=40, out_dim=24, full_blocks=(1, 3))
 TEXT = dict(vocab_size=100, embed_dim=32, depth=2, num_heads=2, num_kv_heads=1, mlp_hidden=48, sections=(2, 3, 3))
@@ -163,7 +164,7 @@ def test_block_diagonal_masks():
         ids = torch.bucketize(torch.arange(len(x)), torch.tensor(ends[1:]), right=True)
         h = block.norm1(states[i])
         q, k, v = block.attn.qkv(h).view(-1, 3, 2, 16).unbind(1)
-        s = torch.einsum('nhd,mhd->hnm', rotate(q, cos, sin), rotate(k, cos, sin)) / 4
+        s = torch.einsum('nhd,mhd->hnm', rotate_halves(q, cos, sin), rotate_halves(k, cos, sin)) / 4
         out = torch.einsum('hnm,mhd->nhd', s.masked_fill(ids[:, None] != ids, -math.inf).softmax(-1), v).flatten(1)
         y = states[i] + block.attn.proj(out)
         assert_close(y + block.mlp(block.norm2(y)), states[i + 1], atol=1e-5, rtol=1e-5)
@@ -231,7 +232,7 @@ def test_rotation_knows_offsets_only():
     q, k = torch.randn(2, 1, 1, 16, dtype=torch.double)
     def score(a, b):
         turn = [axial_angles(torch.tensor([p]), 16).double() for p in (a, b)]
-        return (rotate(q[0], turn[0].cos(), turn[0].sin()) * rotate(k[0], turn[1].cos(), turn[1].sin())).sum().item()
+        return (rotate_halves(q[0], turn[0].cos(), turn[0].sin()) * rotate_halves(k[0], turn[1].cos(), turn[1].sin())).sum().item()
     assert abs(score((3, 5), (1, 9)) - score((13, 25), (11, 29))) < 1e-6
     assert abs(score((3, 5), (1, 9)) - score((5, 3), (9, 1))) > 1e-3 and abs(score((3, 5), (1, 9)) - score((1, 9), (3, 5))) > 1e-3
     with pytest.raises(ValueError, match='multiple of 4'): axial_angles(torch.tensor([[0, 0]]), 6)
@@ -240,13 +241,13 @@ def test_rotation_knows_offsets_only():
 def test_rotation_by_the_equation():
     "Pair k is channels k and k + d/2; the first half of the pairs turns with the row, the second with the column."
     x, angles = torch.randn(7, 2, 16, dtype=torch.double), axial_angles(torch.randint(0, 9, (7, 2)), 16).double()[:, None]
-    got = rotate(x, angles.cos(), angles.sin())
+    got = rotate_halves(x, angles.cos(), angles.sin())
     z = torch.complex(x[..., :8], x[..., 8:]) * torch.polar(torch.ones_like(angles), angles)
     assert_close(got, torch.cat([z.real, z.imag], -1))
     at = torch.tensor([[3, 7]])
     want = [p * 10000 ** (-k / 4) for p in (3, 7) for k in range(4)]
     assert_close(axial_angles(at, 16)[0], torch.tensor(want))
-    assert rotate(x.bfloat16(), angles.cos(), angles.sin()).dtype == torch.bfloat16
+    assert rotate_halves(x.bfloat16(), angles.cos(), angles.sin()).dtype == torch.bfloat16
 
 
 def test_merger_takes_four_in_order():
@@ -354,10 +355,10 @@ def test_ids_count_seconds_at_any_rate():
 
 
 def test_speeds_that_change_with_the_length():
-    base = frequencies(16, 1e4)
+    base = frequencies(16, 1e4, torch.float)
     dynamic = dict(type='dynamic', factor=3., original_max_position_embeddings=20)
     assert_close(Q.rope_speeds(16, 1e4, dynamic, 20)[0], base)                          # as long as it was trained for, nothing changes
-    assert_close(Q.rope_speeds(16, 1e4, dynamic, 50)[0], frequencies(16, 1e4 * (3 * 50 / 20 - 2) ** (16 / 14)))
+    assert_close(Q.rope_speeds(16, 1e4, dynamic, 50)[0], frequencies(16, 1e4 * (3 * 50 / 20 - 2) ** (16 / 14), torch.float))
     far = dict(rope_type='longrope', factor=4., original_max_position_embeddings=20, short_factor=[1.] * 8, long_factor=[2.] * 8)
     assert_close(Q.rope_speeds(16, 1e4, far, 20)[0], base)
     assert_close(Q.rope_speeds(16, 1e4, far, 21)[0], base / 2)
@@ -371,7 +372,7 @@ def test_speeds_that_change_with_the_length():
 
 
 def test_equal_ids_are_ordinary_positions():
-    speeds = frequencies(16, 1e6)
+    speeds = frequencies(16, 1e6, torch.float)
     ids = torch.randint(0, 500, (1, 2, 9)).expand(3, -1, -1)
     assert_close(mrope_angles(ids, speeds, (2, 3, 3)), ids[0, ..., None] * speeds)
     own = mrope_angles(torch.tensor([[[1]], [[10]], [[100]]]), torch.ones(8), (2, 3, 3))
@@ -683,3 +684,37 @@ def test_transformers_sizes_and_patches():
         patches, grid = prepare(levels / 255, min_pixels=56 ** 2, max_pixels=1280 * 28 ** 2)
         assert got['image_grid_thw'].tolist() == [list(grid)]
         assert (got['pixel_values'] - patches).abs().max() < far
+
+
+WORDS = dict(image_token=91, video_token=92)
+
+
+@pytest.mark.parametrize('dtype', [torch.int64, torch.uint8, torch.float32])
+def test_a_mask_of_numbers_is_the_mask_of_truths(dtype):
+    "Places are counted from the first real word, by hand and around a picture of 2 x 3 places."
+    ids, after = mrope_ids(torch.tensor([[0, 0, 1, 2, 3]]), mask=torch.tensor([[0, 0, 1, 1, 1]]).to(dtype),
+                           **WORDS)
+    assert ids[:, 0, 2:].tolist() == [[0, 1, 2]] * 3 and after.tolist() == [3]
+    tokens, mask = torch.tensor([[0, 0, 1, 90, *[91] * 6, 93, 3]]), torch.tensor([[0, 0] + [1] * 10])
+    ids, after = mrope_ids(tokens, [(1, 4, 6)], mask=mask.to(dtype), **WORDS)
+    assert ids[:, 0, 2:].tolist() == [[0, 1, *[2] * 6, 5, 6], [0, 1, 2, 2, 2, 3, 3, 3, 5, 6],
+                                      [0, 1, 2, 3, 4, 2, 3, 4, 5, 6]] and after.tolist() == [7]
+    with pytest.raises(ValueError, match='mask'): mrope_ids(tokens, [(1, 4, 6)], mask=mask * 2, **WORDS)
+
+
+def test_the_ends_of_generating(unchecked):
+    model, tokens = noisy(Qwen25VL(**WHOLE)), torch.tensor([[1, 2, 3]])
+    for n in (0, 1): assert model.generate(tokens, max_new_tokens=n).shape == (1, n)
+    for words, wrong in (('max_new_tokens', dict(max_new_tokens=-1)),
+                         ('temperature', dict(max_new_tokens=1, temperature=-1.)),
+                         ('temperature', dict(max_new_tokens=1, temperature=float('nan')))):
+        with pytest.raises(ValueError, match=words): model.generate(tokens, **wrong)
+    with pytest.raises(ValueError, match='at least one token'):
+        model.generate(tokens[:, :0], max_new_tokens=2)
+    for outside in (100, -1):
+        with pytest.raises(ValueError, match=rf'vocab_size - 1 = 99.*{outside}'):
+            model(torch.tensor([[1, outside]]))
+        with pytest.raises(ValueError, match='vocab_size'):
+            model.generate(torch.tensor([[1, outside]]), max_new_tokens=1)
+    for rate in (0., -1., float('nan')):
+        with pytest.raises(ValueError, match='video_fps'): sample_frames(100, rate)

@@ -1,5 +1,8 @@
 """dynamics.scan_and_snap: properties over random models, data and rates, and what it answers to bad input."""
+import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from vitbook.dynamics import scan_and_snap as S
+from vitbook.probe import recording
 
 rate = st.floats(.05, 20.)
 
@@ -263,13 +267,88 @@ def test_reading_goes_on_and_starts_again():
 
 def test_lift_in_a_hugging_face_model():
     transformers = pytest.importorskip('transformers')
-    see = pytest.importorskip('vitbook.see')
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)).eval()
     ids = torch.randint(0, 50, (4, 16), generator=rng(0))
-    with see.recording(model) as rec: model(ids)
+    with recording(model) as rec: model(ids)
     lifts = torch.stack([S.lift(w, ids < 25, mask=torch.ones(16, 16, dtype=torch.bool).tril()) for w in rec.weights])
     assert lifts.shape == (2, 2) and (lifts - 1).abs().max() < .1
+
+# the symmetric trainer, and the picture of the machine
+
+@settings(max_examples=4)
+@given(st.integers(2, 5), st.integers(0, 20), st.floats(.1, 2.), st.floats(.1, 3.),
+       st.sampled_from([0., .9]))
+def test_train_alike_is_sweep(K, spare, common_prob, eta_y, momentum):
+    M = 6 * K + 2 + spare
+    data = S.sequence_classes(1, K, num_common=1, num_unique_per_next=5, common_prob=common_prob,
+                              unique_prob=(.2, 1.), vocab_size=M)
+    pair = torch.tensor([eta_y, .3]).double()
+    full = S.sweep(data, pair, pair.flip(0), steps=15, momentum=momentum, dtype=torch.double)
+    both = [torch.full((2,), float(x)) for x in (K, M, common_prob)]
+    alike = S.train_alike(*both, pair, pair.flip(0), steps=15, momentum=momentum)
+    for n in range(K):
+        torch.testing.assert_close(alike.z, full.z[:, 0, :, n, data.support(n)], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(alike.c, full.c[:, 0, :, n, data.support(n)], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(alike.loss[:, 1:], full.loss[:, 0, 2:], rtol=1e-3, atol=1e-5)
+    f = F.normalize(full.c[0, 0, -1], dim=-1)                  # what the last decoder sends back
+    g = (S.one_hot(data.target, M, f) - (f @ full.Y[0, 0]).softmax(-1)) @ full.Y[0, 0].T
+    more = S.train_alike(*both, pair, pair.flip(0), steps=16, momentum=momentum)
+    first, second = data.support(0)[-1], data.support(1)[-1]
+    want = torch.stack([g[0, first] / f[0, first], -g[0, second] / f[1, second]])
+    torch.testing.assert_close(torch.stack([more.own[0, -1], more.other[0, -1]]), want, rtol=1e-3, atol=1e-5)
+
+
+def test_train_alike_in_half_the_precision_given():
+    "Rates and sizes may come in any dtype; it computes in float64."
+    args = [torch.tensor([x]) for x in (3., 40., .6, 1., .5)]
+    want = S.train_alike(*args, steps=5)
+    assert want.z.dtype == torch.double
+    exact = [x.to(torch.bfloat16) for x in args[:2] + args[3:]]    # all but 0.6, which bfloat16 rounds
+    half = S.train_alike(*exact[:2], args[2], *exact[2:], steps=5)
+    torch.testing.assert_close(half.z, want.z)
+
+
+def story_cells():
+    path = Path(__file__).resolve().parents[3]/'nbs/01_dynamics/02_scan_and_snap.ipynb'
+    return [''.join(cell['source']) for cell in json.loads(path.read_text(encoding='utf-8'))['cells']]
+
+
+def test_the_picture_agrees_with_the_model():
+    diagram = pytest.importorskip('vitbook.diagram')
+    cell = next(source for source in story_cells() if 'def schematic' in source)
+    space = {'Diagram': diagram.Diagram}
+    exec(cell.rsplit('\n\n', 1)[0], space)
+    d = space['schematic']()
+    model, tokens = S.YZTransformer(11).double(), torch.randint(0, 11, (3, 8), generator=rng(0))
+    model.Y.data, model.Z.data = normal(11, 11), normal(11, 11, seed=1)
+    layers = {name for name, thing in d.things.items() if thing.kind == 'layer'}
+    assert layers == {name for name, _ in model.named_parameters()} == {'Y', 'Z'}
+    context, query = tokens[:, :-1], tokens[:, -1]
+    row = model.Z[query]
+    score = row.gather(1, context)
+    b = score.softmax(-1)
+    v = model.attend(tokens)
+    f = F.normalize(v, dim=-1)
+    logits = model.decode(v)
+    seen = {('context', 'score'): context, ('query', 'Z'): query, ('Z', 'score'): row, ('score', 'b'): score,
+            ('b', 'v'): b, ('v', 'f'): v, ('f', 'Y'): f, ('Y', 'alpha'): logits,
+            ('alpha', 'error'): logits.softmax(-1)}
+    assert d.sizes(seen) == dict(b=3, n=7, M=11)
+    assert set(d.shapes) == {*seen, ('error', 'Y'), ('error', 'Z')}
+    torch.testing.assert_close(v, torch.zeros(3, 11).double().scatter_add(1, context, b))
+    torch.testing.assert_close(f @ model.Y, model(tokens))
+
+
+def test_the_exercises_run_what_they_show():
+    "Each solution's code stands, with an assertion, in a hidden cell of the notebook."
+    cells = story_cells()
+    told = next(c for c in cells if c.startswith('## Exercises'))
+    solutions = re.findall(r'```python\n(.*?)```', told, re.S)
+    hidden = [c for c in cells if c.startswith('#| hide\n')]
+    assert len(solutions) == 4
+    for solution in solutions:
+        assert any(solution in c and 'assert' in c.split(solution)[1] for c in hidden), solution
 
 
 # bad input
@@ -288,6 +367,7 @@ def test_lift_in_a_hugging_face_model():
     (lambda: S.simulate(S.syn_small(), steps=0), 'steps'),
     (lambda: S.simulate(S.syn_small(), length=1), 'length'),
     (lambda: S.recall(torch.ones(2, 3) / 3, S.SequenceClasses(torch.ones(2, 3) / 3, torch.tensor([0, 1]), torch.tensor([1, 2])), torch.ones(1)), 'distinct'),
+    (lambda: S.train_alike(*[torch.ones(1)] * 5, steps=1), 'num_classes'),
     (lambda: S.OneLayerLM(10, 8, max_len=4)(torch.zeros(1, 5, dtype=torch.long)), 'ids'),
     (lambda: S.reading(torch.arange(10), 4, 5), 'ids'),
 ])

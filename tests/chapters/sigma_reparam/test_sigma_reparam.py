@@ -1,5 +1,9 @@
 """dynamics.sigma_reparam: the power iteration and its gradients, converting and folding any model, the entropy bound, the official code's sheets and state dicts."""
-import copy, math, pickle
+import copy
+import json
+import math
+import pickle
+import re
 
 import pytest
 import torch
@@ -9,10 +13,12 @@ from torch import nn
 from torch.testing import assert_close
 
 from sheets import sheets
+from tools import ROOT
+from vitbook.diagram import Diagram
 from vitbook.dynamics import sigma_reparam as S
 from vitbook.layers.attention import entropy
 from vitbook.registry import create_model
-from vitbook.see import recording
+from vitbook.probe import recording
 from vitbook.vit import VisionTransformer
 
 SMALL = dict(img_size=16, patch_size=4, in_chans=1, num_classes=5, embed_dim=24, depth=2, num_heads=3)
@@ -774,3 +780,63 @@ def test_an_estimate_is_not_used_for_a_weight_changed_through_data(change):
     fresh = copy.deepcopy(model)
     fresh[0].__dict__['_fresh'] = None
     assert torch.equal(model(x), fresh(x)) and not torch.equal(model[0].u, u)
+
+
+# the story's picture and its exercises
+
+def story():
+    path = ROOT/'nbs'/'01_dynamics'/'01_sigma_reparam.ipynb'
+    cells = json.loads(path.read_text(encoding='utf-8'))['cells']
+    return [(cell['id'], ''.join(cell['source'])) for cell in cells]
+
+
+def test_the_schematic_carries_what_the_layer_carries():
+    space = {'Diagram': Diagram}
+    source = dict(story())['5c4e0001']
+    exec(source.rpartition('\nschematic()')[0], space)
+    d = space['schematic']()
+    layer, x = S.SigmaLinear(7, 5).train(), torch.randn(4, 7, generator=rng(0))
+    layer.weight.data += .02 * torch.randn(5, 7, generator=rng(1))
+    kept, weight = layer.u[0].clone(), layer.weight.detach()
+    out = layer(x)
+    v, u, sigma = S.power_step(weight, kept)
+    plain = x @ weight.T
+    scaled = plain * layer.gamma / sigma
+    assert_close(layer.u[0], u)                                   # the picture's u' is what training keeps
+    assert_close(out, scaled + layer.bias)
+    seen = {('x', 'W'): x, ('W', 'scale'): plain, ('scale', 'bias'): scaled, ('bias', 'y'): out,
+            ('u', 'v'): kept, ('v', 'next'): v, ('next', 'sigma'): u, ('sigma', 'scale'): sigma[None]}
+    assert set(d.shapes) == set(seen)
+    assert d.sizes(seen) == {'b': 4, 'i': 7, 'o': 5}
+    dashed = {ends for ends, arrow in d.arrows.items() if arrow.dashed}
+    assert dashed == {('u', 'v'), ('v', 'next'), ('next', 'sigma')}
+
+
+def test_the_solutions_of_the_exercises():
+    prose = '\n'.join(source for _, source in story()).split('## Exercises')[1].split('## In the library')[0]
+    solutions = re.findall(r'```python\n(.*?)```', prose, re.S)
+    assert len(solutions) == 4
+    space = {'torch': torch, 'gen': rng, **{name: getattr(S, name) for name in S.__all__}}
+    for solution in solutions[:3]:
+        exec(solution, space)            # the fourth trains, a hidden cell runs its parts
+    bounds = [S.entropy_bound(s, 16).item() for s in (4., 8.)]
+    assert bounds[0] == pytest.approx(1.02, abs=.005) and bounds[1] == pytest.approx(.04, abs=.005)
+    assert abs(space['inner'](False)) < 1e-5 < .05 < abs(space['inner'](True))
+    assert space['ratios'][0] <= space['ratios'][-1] <= 1 + 1e-6
+
+
+def test_the_second_picture_of_a_batch_has_its_own_share_in_the_entropy():
+    model, x = small(), batch()
+    for block in model.blocks:
+        block.attn.qkv.weight.data *= 30
+    both = S.attention_entropy(model, x[:2])
+    alone = [S.attention_entropy(model, x[i:i + 1]) for i in range(2)]
+    assert_close(both, torch.stack(alone).mean(0))
+    assert not torch.allclose(*alone)
+
+
+def test_a_row_with_an_underflowed_weight_has_a_length_that_is_only_a_bound():
+    logits = torch.tensor([0., -200., -300.])
+    A = logits.softmax(0)
+    assert A[1] == A[2] == 0
+    assert S.row_length(A) < (logits - logits.mean()).norm()

@@ -14,7 +14,7 @@ from vitbook.layers.attention import Attention
 from vitbook.layers.position import resize_position
 from vitbook.measure import flops, parameters
 from vitbook.registry import create_model
-from vitbook.see import recording
+from vitbook.probe import recording
 
 SMALL = dict(img_size=32, patch_size=8, num_classes=5, embed_dim=24, inner_dim=8, depth=3, num_heads=3, inner_num_heads=2)
 OFFICIAL = dict(img_size=224, patch_size=16, in_chans=3, num_classes=1000, outer_dim=768, inner_dim=48, depth=12, outer_num_heads=12, inner_num_heads=4,

@@ -1,5 +1,10 @@
 """tokens.token_routing: the grid against its equation, both forms against each other, gates, costs, PVTv2 against another implementation, and answers to bad input."""
-import copy, math, pickle
+import copy
+import json
+import math
+import pickle
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from vitbook import measure
+from vitbook.diagram import Diagram
 from vitbook.registry import create_model
 from vitbook.tokens import token_routing as T
 from vitbook.train import fit, batches
@@ -557,7 +563,7 @@ def test_attention_mode_takes_the_tokens_most_looked_at(kind):
     for i in range(4): assert score[i][r.row[0][0][i] > 0].min() >= score[i][r.row[0][0][i] == 0].max() - 1e-7
     if kind == 'plain':
         block = model.rows[0][0].blocks[0]
-        from vitbook.see import recording
+        from vitbook.probe import recording
         with recording(block) as rec: block(start)
         assert_close(score, rec.weights[0].mean((1, 2)))
 
@@ -732,6 +738,29 @@ def test_a_routed_torch_encoder():
     with pytest.raises(ValueError, match='batch_first=False'): T.RoutedBlock(layer(False), 24)
 
 
+def test_qk_scale_is_a_factor_of_the_queries():
+    torch.manual_seed(0)
+    scaled, plain = (T.PyramidStage(16, 2, 2, sr_ratio=2, qk_scale=scale).eval() for scale in (.9, None))
+    plain.load_state_dict(scaled.state_dict())
+    x = 3 * torch.randn(2, 32, 16)
+    with torch.no_grad():
+        assert (plain(x, (4, 8)) - scaled(x, (4, 8))).abs().max() > 1e-3
+        for block in plain.blocks:
+            for p in block.attn.q.parameters(): p.mul_(.9 * 8 ** .5)     # heads of width 8
+        assert_close(plain(x, (4, 8)), scaled(x, (4, 8)), atol=1e-5, rtol=1e-4)
+
+
+def test_a_gate_keeps_its_precision_where_tokens_have_less():
+    torch.manual_seed(0)
+    gate, x = T.RowGate(64).eval(), torch.randn(4, 50, 64)
+    gate.weight_hat.normal_()
+    want = gate.scores(x)
+    with torch.autocast('cpu', dtype=torch.bfloat16): got = gate.scores(x)
+    assert got.dtype == torch.float32 and torch.equal(got, want)
+    short = x.bfloat16()
+    assert torch.equal(gate.scores(short), gate.scores(short.float()))
+
+
 # library quality
 
 def test_copies_pickles_and_state():
@@ -777,7 +806,8 @@ def test_bad_arguments(more, words):
 
 
 @pytest.mark.parametrize('call, words', [
-    (lambda m: m(images(1, (40, 32))), 'x must be a multiple.*16x16.*40x32'), (lambda m: m(images(1, chans=3)), 'in_chans=2.*3'), (lambda m: m.route(images(1), form='fast'), "form.*'fast'"),
+    (lambda m: m(images(1, (40, 32))), 'x must have sides that are multiples of 16 pixels, got 40x32'),
+    (lambda m: m(images(1, chans=3)), 'in_chans=2.*3'), (lambda m: m.route(images(1), form='fast'), "form.*'fast'"),
     (lambda m: m.route(images(1), row=[[1.]]), r'row must hold 3 lists of 3'), (lambda m: m.route(images(1), col=[[1.]]), r'col must hold 2 lists of 4'), (lambda m: m.costs(24), 'img_size.*24x24'),
     (lambda m: m.forced('up'), "path.*'up'"), (lambda m: T.gumbel_gate(torch.zeros(2, 2), 0.), 'temperature.*0'), (lambda m: T.gumbel_gate(torch.zeros(2, 3)), 'logits.*3'),
     (lambda m: m.costs(0), 'img_size.*0x0')])
@@ -794,3 +824,113 @@ def test_routing_what_cannot_be_routed(call, words):
     vit = VisionTransformer(16, 8, num_classes=3, embed_dim=12, depth=2, num_heads=3)
     with pytest.raises(ValueError, match=words): call(vit)
     assert not any(isinstance(m, T.RoutedBlock) for m in vit.modules())
+
+
+# the page: its schematics and its exercises
+
+NOTEBOOK = Path(__file__).parents[3]/'nbs'/'04_tokens'/'01_token_routing.ipynb'
+
+
+def cells(kind):
+    "The notebook's cells of a kind, as text."
+    return [''.join(cell['source']) for cell in json.loads(NOTEBOOK.read_text(encoding='utf-8'))['cells']
+            if cell['cell_type'] == kind]
+
+
+def schematic(name):
+    "The picture that a function of the notebook draws."
+    source, = [cell for cell in cells('code') if f'def {name}()' in cell]
+    known = {'Diagram': Diagram}
+    exec(source, known)
+    return known[name]()
+
+
+def watch(modules):
+    "What the modules, by name, take and give in a pass: {name: (input, output)}."
+    seen = {}
+    for name, module in modules.items():
+        module.register_forward_hook(lambda m, given, out, name=name: seen.update({name: (given[0], out)}))
+    return seen
+
+
+@pytest.mark.parametrize('size', [(32, 32), (16, 48)])
+def test_the_grid_is_drawn_as_it_is(size):
+    "Every stage, patch embedding and copy of a 2 x 2 grid, none besides, with their shapes."
+    drawn, model = schematic('grid_picture'), router('plain', 2, 2)
+    stages = {f'B{i}{j}': stage for i, line in enumerate(model.rows) for j, stage in enumerate(line)}
+    down = {f'P{j}': edge for j, edge in enumerate(model.cols[0])}
+    nodes = {f'F{i}{j}' for i in range(len(model.strides)) for j in range(model.num_stages + 1)}
+    assert set(drawn.things) == {'stem', 'head'} | set(stages) | set(down) | nodes
+    wanted = {('stem', 'F00'), ('F12', 'head')}
+    for i, j in ((i, j) for i in range(2) for j in range(2)):
+        wanted |= {(f'F{i}{j}', f'B{i}{j}'), (f'B{i}{j}', f'F{i}{j + 1}'), (f'F{i}{j}', f'F{i}{j + 1}')}
+    for j in range(3): wanted |= {(f'F0{j}', f'P{j}'), (f'P{j}', f'F1{j}')}
+    assert set(drawn.shapes) == wanted
+    seen = watch(stages | down | {'stem': model.stem, 'head': model.norm})
+    model(images(3, size))
+    r = model.route(images(3, size), *model.forced('open'), form='dense')
+    tensors = {('stem', 'F00'): seen['stem'][1], ('F12', 'head'): seen['head'][0]}
+    for name, (given, out) in seen.items():
+        into, beyond = [[ends for ends in wanted if ends[side] == name] for side in (1, 0)]
+        if name[0] in 'BP': tensors |= {into[0]: given, beyond[0]: out}
+    for i in range(2):                                    # a copy has the shape of the node it leads to
+        for j in range(2): tensors[f'F{i}{j}', f'F{i}{j + 1}'] = r.maps[i]
+    assert set(tensors) == wanted
+    assert drawn.sizes(tensors) == dict(b=3, l=size[0] * size[1] // 16, d=16, e=24)
+
+
+def test_the_path_marked_in_the_grid_is_the_staircase():
+    drawn, model = schematic('grid_picture'), router('plain', 2, 2)
+    row, col = model.forced('staircase')
+    path = {ends for ends, arrow in drawn.arrows.items() if arrow.path}
+    computed = {f'B{i}{j}' for i, line in enumerate(row) for j, gate in enumerate(line) if gate}
+    sent = {f'P{j}' for j, gate in enumerate(col[0]) if gate}
+    assert {name for ends in path for name in ends if name[0] in 'BP'} == computed | sent
+    assert {('stem', 'F00'), ('F12', 'head')} <= path and len(path) == 2 + 2 * len(computed | sent)
+
+
+def test_a_stage_is_drawn_as_it_is():
+    "Gate, selection, stage and what is put back, held against a gathered pass."
+    drawn, model = schematic('stage_picture'), router('plain', 1, 1, scatter=1.)
+    stage, gate, x = model.rows[0][0], model.row_gates[0][0], images(4)
+    seen = watch({'gate': gate, 'first': stage.blocks[0], 'last': stage.blocks[-1], 'stage': stage})
+    start = model.embed(x)
+    r = model.route(x, form='gathered')
+    g, k = r.row[0][0], int(r.row[0][0].sum(1).max())
+    assert torch.equal(seen['gate'][1], g) and torch.equal(seen['gate'][0], start) and 0 < k < 64
+    tensors = {('F', 'gate'): seen['gate'][0], ('gate', 'select'): g, ('gate', 'put'): g,
+               ('F', 'select'): start,
+               ('select', 'B'): seen['first'][0], ('B', 'put'): seen['last'][1], ('F', 'put'): start,
+               ('put', 'next'): r.maps[0]}
+    assert set(tensors) == set(drawn.shapes) and drawn.sizes(tensors) == dict(b=4, l=64, k=k, d=16)
+    assert torch.equal(r.maps[0][g == 0], start[g == 0]), 'the arrow named copy'
+
+
+def solutions():
+    "The code of the folded solutions, in order."
+    page = '\n\n'.join(cells('markdown')).split('\n## Exercises')[1].split('\n## ')[0]
+    return [re.search('```python\n(.*?)```', fold, re.S)[1] for fold in page.split('<details>')[1:]]
+
+
+@pytest.fixture(scope='module')
+def told():
+    "What an exercise's code finds in the notebook: the module, the data, the toy's sizes."
+    known = vars(T) | dict(torch=torch, F=F, math=math, fit=fit, batches=batches)
+    setting, = [cell for cell in cells('code') if '\nsetting = dict(' in cell]
+    exec(re.search(r'^setting = dict\(.*?^\s+block=.*?\)$', setting, re.S | re.M)[0], known)
+    return known | dict(train_set=T.gratings(6000, seed=100), test_set=T.gratings(800, seed=101))
+
+
+def test_the_exercises_say_what_their_code_gives(told):
+    open_grid, hasty, flips, bill = solutions()
+    known = dict(told)
+    exec(open_grid, known)
+    assert round(known['ratio'], 2) == 4.05
+    exec(hasty, known)
+    costs = known['hasty'].costs
+    assert costs[0] > 2.6 and costs[50] < .5 * costs[0]
+    exec(flips, known)
+    assert 2 * known['flips']['W'] < known['flips']['W_hat'] < .02
+    exec(bill, known)
+    honest = known['honest']
+    assert 2.6 < honest[.05] < 3 and 1.05 < honest[.5] < 1.15 and honest[1.] == 1 == min(honest.values())

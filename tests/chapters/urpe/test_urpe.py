@@ -646,7 +646,7 @@ def test_block_is_the_layer_of_the_theory():
     join = lambda W: W.permute(0, 2, 1).reshape(d, d)
     block.load_state_dict({'attn.qkv.weight': torch.cat([join(Wq) * (d // h) ** .5, join(Wk), join(Wv)]), 'attn.proj.weight': Wo.reshape(d, d).T, 'fc1.weight': W1.T, 'fc2.weight': W2.T})
     assert_close(block(X, bias=B, factor=C), Y)
-    for wrong, match in [(dict(act='swish'), 'act must'), (dict(norm_position='sandwich'), 'norm_position')]:
+    for wrong, match in [(dict(act='swoosh'), 'act must'), (dict(norm_position='sandwich'), 'norm_position')]:
         with pytest.raises(ValueError, match=match): U.URPEBlock(8, 2, **wrong)
 
 
@@ -718,3 +718,19 @@ def test_sinusoidal_positions():
     want = torch.cat([angle.sin(), angle.cos()], 1)
     want[2] = 0
     assert_close(x, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('backend', ['dense', 'blockwise'])
+def test_a_padding_mask_without_its_axes_is_refused(backend):
+    "Batch x keys fits queries x keys where there are as many: it must be said."
+    q, k, v = (torch.randn(4, 2, 4, 8) for _ in range(3))
+    pad, factor = torch.arange(4) < torch.tensor([4, 2, 3, 1])[:, None], torch.rand(4, 4)
+    for name, given in (('mask', dict(mask=pad)), ('factor', dict(factor=factor)),
+                        ('bias', dict(bias=factor))):
+        with pytest.raises(ValueError, match=f'{name} must say whether its 4 rows'):
+            U.urpe_attention(q, k, v, backend=backend, **{'factor': factor[None, None], **given})
+    out = U.urpe_attention(q, k, v, factor=factor[None, None], mask=pad[:, None, None], backend=backend)
+    for i, n in enumerate(pad.sum(1).tolist()):
+        short, fits = factor[None, None, :, :n], slice(i, i + 1)
+        want = U.urpe_attention(q[fits], k[fits, :, :n], v[fits, :, :n], factor=short, backend=backend)
+        assert_close(out[fits], want, atol=1e-6, rtol=1e-5)
