@@ -167,7 +167,9 @@ class ConvAttention(nn.Module):
 
 # %% ../../nbs/03_backbones/01_cvt.ipynb #cc4abc3b
 class CvTMlp(Mlp):
-    """An `Mlp` that multiplies QuickGELU's constant into its weights on the way: the same function with two passes less over the widest tensor.
+    """An `Mlp` that multiplies QuickGELU's constant into its weights on the way: the same function.
+
+    It takes two passes less over the widest tensor, and two more over the weights.
 
     Where the activation is another one, or one of the three modules was replaced or is watched by a hook, it is an `Mlp` step by step."""
     def forward(self, x: Float[Tensor, '*b c']) -> Float[Tensor, '*b d']:

@@ -36,7 +36,9 @@ class LocalFilter(nn.Conv2d):
         self.scale = scale
 
     def forward(self, x: Float[Tensor, 'b y x c']) -> Float[Tensor, 'b y x c']:
-        weight, bias = (self.weight, self.bias) if self.scale == 1 else (self.weight * self.scale, self.bias * self.scale)  # far smaller than the map
+        # smaller than most maps
+        weight, bias = (self.weight, self.bias) if self.scale == 1 else (self.weight * self.scale,
+            self.bias * self.scale)
         return self._conv_forward(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)    # the two permutes are views
 
     @torch.no_grad()
@@ -48,7 +50,10 @@ class LocalFilter(nn.Conv2d):
 
 # %% ../../nbs/02_mixers/04_hornet.ipynb #5b9054ad
 class GnConv(nn.Module):
-    """Recursive gated convolution of a channels-last map. With zero biases each output is a polynomial of degree order + 1 in the input.
+    """Recursive gated convolution of a channels-last map.
+
+    With zero biases and the depthwise filter each output is a polynomial of degree order + 1 in the input.
+    The global filter has two norms in the gate, which take the input's size away: there no degree is left.
 
     ValueError if the width cannot be halved order - 1 times. Source: arXiv:2207.14284, sec. 3.1."""
     def __init__(self,
