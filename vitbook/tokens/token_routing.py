@@ -555,6 +555,7 @@ def dense_grid(router: Any,                          # TokenRouter
     "Every edge of the grid on the whole batch, masked afterwards. Source: arXiv:2308.03409, eq. 4."
     N, M, b = len(grids), router.num_stages, start.shape[0]
     blank, sure = widened(start[:0]), _certain(col, M)
+    above = []                                        # the row above, column by column
     maps, G, g, seen = [], [[] for _ in range(N)], [[] for _ in range(N - 1)], [[] for _ in range(N)]
     for i, grid in enumerate(grids):
         x = start if i == 0 else start.new_zeros(b, math.prod(grid), router.embed_dims[i])
