@@ -381,7 +381,7 @@ class PyramidBlock(nn.Module):
 
 # %% ../../nbs/04_tokens/01_token_routing.ipynb #ebe1bd27
 class PyramidStage(nn.Module):
-    "A stack of PVTv2 blocks that sees only the selected tokens."
+    "A stack of PVTv2 blocks: unselected tokens are zeros behind each norm, and their keys still count."
     def __init__(self,
                  dim: int, depth: int, num_heads: int, mlp_ratio: float = 4., *,
                  sr_ratio: int = 1, linear: bool = False, qkv_bias: bool = True,
