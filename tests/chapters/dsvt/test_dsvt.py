@@ -422,7 +422,7 @@ def test_a_detector_is_made_from_its_weights(more):
     told = dict(vfe_dims=(16, 16), embed_dim=16, depths=(2,), num_heads=2, bev_depths=(1, 1), bev_dims=(8, 8),
                 up_dims=(8, 8), head_width=8)
     said = {k: more.get(k, v) for k, v in size.items()}
-    model = noisy(D.DSVTDetector(**said | told | more)).eval()
+    model = noisy(D.DSVTDetector(**said | told | more, pos_bug=True)).eval()      # as published models have it
     state = {f'backbone_3d.{k}': v
              for k, v in official_layout(model.backbone).items()} | {'global_step': torch.zeros(1)}
     for name, v in model.state_dict().items():
