@@ -113,8 +113,9 @@ def histogram_attention(q: Sequence[Float[Tensor, 'b c n']],    # queries of eac
                        ) -> Float[Tensor, 'b c n']:
     """Sort by v, attend among bins in each form, multiply, and put every value back to its pixel.
 
-    Pixels that move, move the output with them: which are neighbours plays no part. ValueError
-    for no forms, or other numbers of queries and keys. Source: arXiv:2407.10172, official code."""
+    If sorted, and without equal values in a channel of v, pixels that move, move the output with
+    them: which are neighbours plays no part. ValueError for no forms, or other numbers of
+    queries and keys. Source: arXiv:2407.10172, official code."""
     if not forms or not len(q) == len(k) == len(forms):
         raise ValueError('q, k and forms must be as many, and at least one, '
                          f'got {len(q)}, {len(k)} and {len(forms)}')
